@@ -1,0 +1,586 @@
+// cache.go: two levels of cache in Redis, and the rules that keep them right. Django: utils.py, @cache_page,
+// django.core.cache.
+//
+//	GET /properties/ → page:/properties/ (15 minutes) → all_properties (1 hour) → PostgreSQL
+//
+// A cache that serves what is no longer so has lied. Three rules prevent that:
+//
+//  1. A fill loses to a write: see fill.
+//  2. Nobody gets an answer whose reading began before they asked: see coalescer.
+//  3. Redis is trusted only after an invalidation has succeeded since its last error: see cache.
+
+package main
+
+import (
+	"bytes"
+	"compress/gzip"
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"net/http"
+	"net/url"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/gomodule/redigo/redis"
+)
+
+const (
+	allPropertiesKey = "all_properties"
+	allPropertiesTTL = time.Hour
+
+	// fenceKey holds a new value after every invalidation. It has no TTL; if Redis evicts it, that counts
+	// as a change to it, and at most a fill is lost.
+	fenceKey = "properties:fence"
+
+	// redisTimeout bounds each connect, read and write. Redis answers in well under a millisecond; a hung
+	// one holds up the requests in flight this long, once.
+	redisTimeout = 250 * time.Millisecond
+
+	healEvery = 250 * time.Millisecond
+)
+
+// pageKey is where the answer to GET path is stored, and its gzip form beside it.
+func pageKey(path string, gzipped bool) string {
+	if gzipped {
+		return "page:" + path + ":gzip"
+	}
+	return "page:" + path
+}
+
+// cache is Redis with its two levels, and whether to trust it.
+//
+// Any Redis error may mean that an invalidation was lost, or that Redis came back with old data. So after
+// one the cache is bypassed, reads and writes alike, until run gets an invalidation through. That one
+// mechanism covers a Redis that is down at start, dies, hangs, loses a DEL or holds garbage, and a program
+// that crashed between its commit and its DEL: for a cache starts untrusted.
+type cache struct {
+	url   string
+	query func(context.Context) ([]property, error)
+	pool  atomic.Pointer[redis.Pool]
+
+	// The cache is trusted while failures == healed. To heal is to invalidate and then to set healed to
+	// what failures was before: a failure meanwhile leaves the two apart.
+	failures, healed atomic.Int64
+
+	lists level[[]byte]
+	pages level[*page]
+	held  sync.Map // page key → the *page last seen there, see findPage
+}
+
+// newCache is a cache that isn't trusted yet: call heal, or run.
+func newCache(url string, query func(context.Context) ([]property, error)) *cache {
+	c := &cache{url: url, query: query}
+	c.pool.Store(c.newPool())
+	c.failures.Store(1)
+	c.lists = level[[]byte]{cache: c, find: findList, store: storeList}
+	c.pages = level[*page]{cache: c, find: c.findPage, store: c.storePage}
+	return c
+}
+
+// newPool dials with timeouts (redigo has none by itself) and stays with the Redis process that it met first.
+//
+// A pool dials anew without telling, and a Redis that restarted may have loaded an old snapshot: such a
+// connection is refused, so that it counts as an error like any other. TestOnBorrow would hide the error.
+func (c *cache) newPool() *redis.Pool {
+	var met sync.Map // "run_id" → the process that we talk to
+	dial := func() (redis.Conn, error) {
+		conn, err := redis.DialURL(c.url, redis.DialConnectTimeout(redisTimeout), redis.DialReadTimeout(redisTimeout),
+			redis.DialWriteTimeout(redisTimeout), redis.DialTLSHandshakeTimeout(redisTimeout))
+		if err != nil {
+			return nil, err
+		}
+		info, err := redis.String(conn.Do("INFO", "server"))
+		if id := infoField(info, "run_id"); err == nil {
+			if first, _ := met.LoadOrStore("run_id", id); first != id {
+				err = errors.New("redis has restarted")
+			}
+		}
+		if err != nil {
+			conn.Close()
+			return nil, err
+		}
+		return conn, nil
+	}
+	return &redis.Pool{Dial: dial, MaxIdle: 16}
+}
+
+// infoField finds a field in a reply to INFO; "" if it isn't there.
+func infoField(info, name string) string {
+	_, rest, _ := strings.Cut("\r\n"+info, "\r\n"+name+":")
+	value, _, _ := strings.Cut(rest, "\r\n")
+	return value
+}
+
+func (c *cache) trusted() bool { return c.healed.Load() == c.failures.Load() }
+
+// fail costs the cache our trust.
+func (c *cache) fail(err error) {
+	if c.failures.Add(1)-1 == c.healed.Load() {
+		slog.Warn("cache: trust lost, bypassing Redis", "err", err)
+	}
+}
+
+// do runs f on a connection; its error costs the cache our trust.
+func (c *cache) do(f func(redis.Conn) error) error {
+	conn := c.pool.Load().Get()
+	defer c.release(conn)
+	err := f(conn)
+	if err != nil {
+		c.fail(err)
+	}
+	return err
+}
+
+// release gives a connection back to the pool, which takes a round trip if it still watches the fence.
+func (c *cache) release(conn redis.Conn) {
+	if err := conn.Close(); err != nil {
+		c.fail(err)
+	}
+}
+
+// run heals the cache whenever it isn't trusted, until ctx is done.
+func (c *cache) run(ctx context.Context) {
+	tick := time.NewTicker(healEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			if !c.trusted() {
+				c.heal() // what went wrong is in the log since trust was lost
+			}
+		}
+	}
+}
+
+// heal invalidates, over new connections, and so regains trust.
+func (c *cache) heal() error {
+	failures := c.failures.Load() // before the invalidation: a later failure needs a later one
+	c.pool.Swap(c.newPool()).Close()
+	conn := c.pool.Load().Get()
+	defer conn.Close()
+	if err := sendInvalidation(conn); err != nil {
+		return err
+	}
+	c.healed.Store(failures)
+	slog.Info("cache: trusted")
+	return nil
+}
+
+// invalidate makes both levels forget, before the write that calls for it is answered.
+//
+// Without trust it doesn't wait for Redis but counts one more failure: the invalidation that heals us may
+// be on its way already, and then it came before this write and isn't enough.
+func (c *cache) invalidate() error {
+	if !c.trusted() {
+		c.failures.Add(1)
+		return nil
+	}
+	return c.do(sendInvalidation)
+}
+
+// sendInvalidation changes the fence and deletes both levels in one transaction. The fence is SET to
+// something new and not INCRed: INCR fails on a wrong type, and EXEC would succeed all the same.
+func sendInvalidation(conn redis.Conn) error {
+	conn.Send("MULTI")
+	conn.Send("SET", fenceKey, rand.Text())
+	conn.Send("DEL", allPropertiesKey, pageKey(propertiesPath, false), pageKey(propertiesPath, true))
+	_, err := exec(conn)
+	return err
+}
+
+// exec runs what was sent since MULTI and tells whether it took effect: not if a watched key has changed.
+func exec(conn redis.Conn) (done bool, err error) {
+	replies, err := redis.Values(conn.Do("EXEC"))
+	if errors.Is(err, redis.ErrNil) {
+		return false, nil
+	}
+	for _, reply := range replies { // EXEC succeeds even if its commands fail
+		if failed, ok := reply.(redis.Error); ok && err == nil {
+			err = failed
+		}
+	}
+	return err == nil, err
+}
+
+// A level is one of the two caches: how its values lie in Redis, and what became of its requests.
+type level[T any] struct {
+	cache *cache
+	find  func(conn redis.Conn, key string) (value T, found bool, err error)
+	store func(conn redis.Conn, key string, value T, ttl time.Duration) (bytes int) // Sends, after MULTI
+	loads coalescer[answer[T]]
+
+	// Requests answered: each is counted as one of the first three, and as coalesced besides if it shared
+	// the look-up that another request had asked for.
+	hits, misses, bypasses, coalesced atomic.Int64
+}
+
+// An answer is what a level has for a key, and how it came by it.
+type answer[T any] struct {
+	value   T
+	outcome outcome
+	stored  bool // by this look-up
+}
+
+type outcome string
+
+const (
+	hit      outcome = "hit"      // Redis had it
+	miss     outcome = "miss"     // Redis was asked and did not have it
+	bypassed outcome = "bypassed" // Redis was not trusted, or failed
+)
+
+// getOrSet answers with the value at key, or else with what load returns, which it stores for ttl. It waits
+// no longer than ctx. What load returns with an error is passed on with it, and not stored. Django:
+// cache.get_or_set.
+func (l *level[T]) getOrSet(ctx context.Context, key string, ttl time.Duration, load func(context.Context) (T, error)) (answer[T], error) {
+	a, shared, err := l.loads.do(ctx, key, func(ctx context.Context) (answer[T], error) {
+		return l.lookUp(ctx, key, ttl, load)
+	})
+	switch a.outcome {
+	case hit:
+		l.hits.Add(1)
+	case miss:
+		l.misses.Add(1)
+	case bypassed:
+		l.bypasses.Add(1)
+	}
+	if shared {
+		l.coalesced.Add(1)
+	}
+	return a, err
+}
+
+// lookUp is getOrSet on behalf of everyone who waits for key.
+//
+// Rule 1, a fill loses to a write, is the order of WATCH, load and EXEC. Without it, a late fill would undo
+// an invalidation:
+//
+//  1. reader: miss, reads the old rows
+//  2. writer: commits the new row, deletes the key
+//  3. reader: stores the old rows, for an hour
+//
+// With it, step 2 changes the fence that the reader has watched since before step 1, and step 3 does
+// nothing. (To watch the key itself would not do: deleting a key that isn't there changes nothing.)
+func (l *level[T]) lookUp(ctx context.Context, key string, ttl time.Duration, load func(context.Context) (T, error)) (answer[T], error) {
+	if !l.cache.trusted() {
+		value, err := load(ctx)
+		return answer[T]{value: value, outcome: bypassed}, err
+	}
+	conn := l.cache.pool.Load().Get()
+	defer l.cache.release(conn)
+	value, found, err := l.find(conn, key)
+	if found {
+		return answer[T]{value: value, outcome: hit}, nil
+	}
+	if err == nil {
+		_, err = conn.Do("WATCH", fenceKey)
+	}
+	if err != nil {
+		l.cache.fail(err)
+		value, err = load(ctx)
+		return answer[T]{value: value, outcome: bypassed}, err
+	}
+	start := time.Now()
+	if value, err = load(ctx); err != nil {
+		return answer[T]{value: value, outcome: miss}, err
+	}
+	conn.Send("MULTI")
+	bytes := l.store(conn, key, value, ttl)
+	stored, err := exec(conn)
+	if err != nil {
+		l.cache.fail(err)
+	}
+	slog.Info("cache: filled", "key", key, "bytes", bytes, "took", time.Since(start), "stored", stored)
+	return answer[T]{value: value, outcome: miss, stored: stored}, nil
+}
+
+// A coalescer runs at most one load for each key at a time. The zero value works.
+//
+// Rule 2: whoever asks while a load runs shares the next one, which begins after they asked. To share the
+// running one, as single-flight does, would break the promise to writers:
+//
+//  1. reader A's load reads the old rows
+//  2. a writer commits, invalidates, and has its answer
+//  3. reader B asks, joins A's load, and gets the old rows
+type coalescer[T any] struct {
+	mu   sync.Mutex
+	next map[string]*load[T] // a key is in it while a load runs; nil while nobody waits for the one after
+}
+
+// A load is one call of run, and what it returned.
+type load[T any] struct {
+	run   func(context.Context) (T, error)
+	done  chan struct{} // closed when value and err are there
+	value T
+	err   error
+}
+
+// do returns what run returns, or what the run of another caller returns that begins after this call. It
+// stops waiting when ctx is done; the load goes on, for it isn't this caller's alone.
+func (c *coalescer[T]) do(ctx context.Context, key string, run func(context.Context) (T, error)) (value T, shared bool, err error) {
+	c.mu.Lock()
+	l, running := c.next[key]
+	shared = l != nil
+	if !shared {
+		l = &load[T]{run: run, done: make(chan struct{})}
+		if c.next == nil {
+			c.next = map[string]*load[T]{}
+		}
+		if running {
+			c.next[key] = l
+		} else {
+			c.next[key] = nil
+			go c.start(key, l)
+		}
+	}
+	c.mu.Unlock()
+	select {
+	case <-l.done:
+		return l.value, shared, l.err
+	case <-ctx.Done():
+		return value, shared, ctx.Err()
+	}
+}
+
+// start runs l under a deadline of its own, wakes who waits for it, and starts the load after it. A panic
+// becomes l's error.
+func (c *coalescer[T]) start(key string, l *load[T]) {
+	ctx, cancel := context.WithTimeout(context.Background(), answerWithin)
+	defer cancel()
+	defer func() {
+		if p := recover(); p != nil {
+			l.err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
+		}
+		close(l.done)
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if next := c.next[key]; next != nil {
+			c.next[key] = nil
+			go c.start(key, next)
+		} else {
+			delete(c.next, key)
+		}
+	}()
+	l.value, l.err = l.run(ctx)
+}
+
+// getAllProperties returns all properties as a JSON array, from all_properties or PostgreSQL. (Bytes, since
+// its caller only passes them on: to decode 10,000 properties takes longer than to query them.)
+func (c *cache) getAllProperties(ctx context.Context) ([]byte, error) {
+	a, err := c.lists.getOrSet(ctx, allPropertiesKey, allPropertiesTTL, func(ctx context.Context) ([]byte, error) {
+		list, err := c.query(ctx)
+		if err != nil {
+			return nil, err
+		}
+		return encode(list), nil
+	})
+	return a.value, err
+}
+
+func findList(conn redis.Conn, key string) (list []byte, found bool, err error) {
+	list, err = redis.Bytes(conn.Do("GET", key))
+	if errors.Is(err, redis.ErrNil) {
+		return nil, false, nil
+	}
+	if err == nil && !(bytes.HasPrefix(list, []byte("[")) && json.Valid(list)) {
+		err = fmt.Errorf("%s does not hold a JSON array", key)
+	}
+	return list, err == nil, err
+}
+
+func storeList(conn redis.Conn, key string, list []byte, ttl time.Duration) int {
+	conn.Send("SET", key, list, "EX", int(ttl.Seconds()))
+	return len(list)
+}
+
+// A page is a view's answer. It is the http.ResponseWriter that the view writes to, too.
+type page struct {
+	status int
+	header http.Header
+	body   []byte
+	etag   string    // names header and body; strong
+	stored time.Time // when Redis got it, whole seconds; see findPage
+}
+
+func (p *page) Header() http.Header { return p.header }
+
+func (p *page) WriteHeader(status int) {
+	if p.status == 0 {
+		p.status = status
+	}
+}
+
+func (p *page) Write(b []byte) (int, error) {
+	p.WriteHeader(http.StatusOK)
+	p.body = append(p.body, b...)
+	return len(b), nil
+}
+
+// errUncacheable comes with a page that is for those who asked, and not for Redis.
+var errUncacheable = errors.New("not a cacheable page")
+
+// cachePage wraps a view so that its answer to GET comes from Redis for ttl. Django: @cache_page(60 * 15).
+//
+// The view gets a request that has nothing but the path: no query, no headers, no body. What it can't see
+// it can't depend on, so the path alone makes the key, and nobody can fill Redis with /properties/?x=1,
+// ?x=2, … or have their own variant stored for others. (Django makes the key of the whole URL and whatever
+// headers Vary names.) Only gzip is chosen by a header, and by us.
+func (c *cache) cachePage(ttl time.Duration, view http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		ctx, cancel := context.WithTimeout(r.Context(), answerWithin)
+		defer cancel()
+		path, gzipped := r.URL.Path, acceptsGzip(r.Header)
+		a, err := c.pages.getOrSet(ctx, pageKey(path, gzipped), ttl, func(ctx context.Context) (*page, error) {
+			return render(ctx, view, path, gzipped)
+		})
+		if err != nil && !errors.Is(err, errUncacheable) {
+			writeError(w, r, err)
+			return
+		}
+		serve(w, r, a, ttl)
+	})
+}
+
+// render has the view answer a GET of path. Only a 200 without Set-Cookie is cacheable.
+func render(ctx context.Context, view http.Handler, path string, gzipped bool) (*page, error) {
+	p := &page{header: http.Header{}}
+	r := &http.Request{Method: http.MethodGet, URL: &url.URL{Path: path}, Header: http.Header{}, Body: http.NoBody}
+	view.ServeHTTP(p, r.WithContext(ctx))
+	p.WriteHeader(http.StatusOK) // as net/http does for a view that wrote nothing
+	if p.status != http.StatusOK || p.header["Set-Cookie"] != nil {
+		return p, errUncacheable
+	}
+	if gzipped {
+		p.header.Set("Content-Encoding", "gzip")
+		p.body = compress(p.body)
+	}
+	p.etag = etag(encode(p.header), p.body)
+	p.stored = time.Now()
+	return p, nil
+}
+
+func compress(b []byte) []byte {
+	var compressed bytes.Buffer
+	w := gzip.NewWriter(&compressed)
+	w.Write(b) // a Buffer doesn't fail
+	w.Close()
+	return compressed.Bytes()
+}
+
+// etag is a strong validator (RFC 9110 §8.8.3): other bytes, other tag.
+func etag(header, body []byte) string {
+	h := sha256.New()
+	h.Write(header)
+	h.Write(body)
+	return `"` + base64.RawURLEncoding.EncodeToString(h.Sum(nil)[:16]) + `"`
+}
+
+// storePage keeps a page as a hash.
+func (c *cache) storePage(conn redis.Conn, key string, p *page, ttl time.Duration) int {
+	conn.Send("HSET", key, "etag", p.etag, "stored", p.stored.Unix(), "header", encode(p.header), "body", p.body)
+	conn.Send("EXPIRE", key, int(ttl.Seconds()))
+	c.held.Store(key, p)
+	return len(p.body)
+}
+
+// findPage asks Redis for the ETag, and for the body only if it has another one than the page in hand: as
+// If-None-Match does for a browser. What is fresh is still for Redis to say; 2.8 MB just needn't travel for
+// it.
+func (c *cache) findPage(conn redis.Conn, key string) (*page, bool, error) {
+	fields, err := redis.ByteSlices(conn.Do("HMGET", key, "etag", "stored"))
+	if err != nil || fields[0] == nil {
+		return nil, false, err
+	}
+	p := page{status: http.StatusOK}
+	if held, ok := c.held.Load(key); ok && held.(*page).etag == string(fields[0]) {
+		p = *held.(*page)
+	} else {
+		fields, err = redis.ByteSlices(conn.Do("HMGET", key, "etag", "stored", "header", "body"))
+		if err != nil || fields[0] == nil {
+			return nil, false, err
+		}
+		p.etag, p.body = etag(fields[2], fields[3]), fields[3]
+		if err := json.Unmarshal(fields[2], &p.header); err != nil || p.etag != string(fields[0]) {
+			return nil, false, fmt.Errorf("%s does not hold a page", key)
+		}
+		c.held.Store(key, &p)
+	}
+	seconds, err := strconv.ParseInt(string(fields[1]), 10, 64)
+	if err != nil {
+		return nil, false, fmt.Errorf("%s does not say when it was stored", key)
+	}
+	p.stored = time.Unix(seconds, 0)
+	return &p, true, nil
+}
+
+// serve writes a page and says in Cache-Status (RFC 9211) where it came from.
+func serve(w http.ResponseWriter, r *http.Request, a answer[*page], ttl time.Duration) {
+	p, h := a.value, w.Header()
+	maps.Copy(h, p.header)
+	status := "redis; fwd=uri-miss"
+	switch {
+	case a.outcome == bypassed:
+		status = "redis; fwd=bypass; detail=untrusted"
+	case a.outcome == hit:
+		age := max(0, time.Since(p.stored))
+		h.Set("Age", strconv.Itoa(int(age.Seconds())))
+		status = fmt.Sprintf("redis; hit; ttl=%d", int(max(0, ttl-age).Seconds()))
+	case a.stored:
+		status += "; stored"
+	}
+	h.Set("Cache-Status", status)
+	h.Set("Content-Length", strconv.Itoa(len(p.body)))
+	if p.etag == "" {
+		w.WriteHeader(p.status)
+		w.Write(p.body)
+		return
+	}
+	h.Set("ETag", p.etag)
+	h.Set("Vary", "Accept-Encoding")
+	// A browser may keep its copy but must ask before it uses it. (Django sends max-age=900, and nothing
+	// that a server does can call such a copy back.)
+	h.Set("Cache-Control", "no-cache")
+	if tags := r.Header.Values("If-None-Match"); len(tags) > 0 {
+		// ServeContent knows lists, weak tags and *. It gets to see no Range and no If-Match, which it
+		// would answer too. Without a condition Write is faster: ServeContent copies in small pieces.
+		conditional := &http.Request{Method: r.Method, Header: http.Header{"If-None-Match": {strings.Join(tags, ",")}}}
+		http.ServeContent(w, conditional, "", time.Time{}, bytes.NewReader(p.body))
+		return
+	}
+	w.Write(p.body)
+}
+
+// acceptsGzip tells whether Accept-Encoding allows gzip and likes it no less than the plain form (RFC 9110
+// §12.5.3).
+func acceptsGzip(h http.Header) bool {
+	quality := map[string]float64{} // of each coding named
+	for coding := range strings.SplitSeq(strings.Join(h.Values("Accept-Encoding"), ","), ",") {
+		name, parameter, _ := strings.Cut(coding, ";")
+		q, weighted := strings.CutPrefix(strings.ToLower(strings.TrimSpace(parameter)), "q=")
+		value, err := strconv.ParseFloat(q, 64)
+		if !weighted {
+			value = 1
+		} else if err != nil {
+			value = 0
+		}
+		quality[strings.ToLower(strings.TrimSpace(name))] = value
+	}
+	gzip, named := quality["gzip"]
+	if !named {
+		gzip = quality["*"]
+	}
+	return gzip > 0 && gzip >= quality["identity"]
+}

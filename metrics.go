@@ -1,0 +1,104 @@
+// metrics.go: how often the caches were hit. Django: get_redis_cache_metrics() in utils.py.
+
+package main
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"math"
+	"net/http"
+	"strconv"
+
+	"github.com/gomodule/redigo/redis"
+)
+
+// redisMetrics are Redis's own counts since it started, of look-ups by all its clients, and what each of
+// our levels made of its requests.
+type redisMetrics struct {
+	KeyspaceHits   int64   `json:"keyspace_hits"`
+	KeyspaceMisses int64   `json:"keyspace_misses"`
+	HitRatio       float64 `json:"hit_ratio"` // hits / (hits + misses), four decimals; 0 when there were none
+	Levels         struct {
+		Page          levelMetrics `json:"page"`
+		AllProperties levelMetrics `json:"all_properties"`
+	} `json:"levels"`
+}
+
+// levelMetrics are the counts of a level, in this process; see level for what they mean.
+type levelMetrics struct {
+	Hits      int64 `json:"hits"`
+	Misses    int64 `json:"misses"`
+	Coalesced int64 `json:"coalesced"`
+	Bypassed  int64 `json:"bypassed"`
+}
+
+func (l *level[T]) metrics() levelMetrics {
+	return levelMetrics{l.hits.Load(), l.misses.Load(), l.coalesced.Load(), l.bypasses.Load()}
+}
+
+// getRedisCacheMetrics asks Redis for its counts, logs them and returns them with ours.
+func (c *cache) getRedisCacheMetrics() (m redisMetrics, err error) {
+	err = c.do(func(conn redis.Conn) error {
+		info, err := redis.String(conn.Do("INFO", "stats"))
+		if err != nil {
+			return err
+		}
+		var hitsErr, missesErr error
+		m.KeyspaceHits, hitsErr = strconv.ParseInt(infoField(info, "keyspace_hits"), 10, 64)
+		m.KeyspaceMisses, missesErr = strconv.ParseInt(infoField(info, "keyspace_misses"), 10, 64)
+		return errors.Join(hitsErr, missesErr)
+	})
+	if err != nil {
+		return m, err
+	}
+	if lookUps := m.KeyspaceHits + m.KeyspaceMisses; lookUps > 0 {
+		m.HitRatio = math.Round(float64(m.KeyspaceHits)/float64(lookUps)*1e4) / 1e4
+	}
+	m.Levels.Page, m.Levels.AllProperties = c.pages.metrics(), c.lists.metrics()
+	slog.Info("redis cache metrics", "hits", m.KeyspaceHits, "misses", m.KeyspaceMisses, "hit_ratio", m.HitRatio)
+	return m, nil
+}
+
+// metricsView answers GET /cache/metrics/ in JSON.
+func (c *cache) metricsView(w http.ResponseWriter, r *http.Request) error {
+	m, err := c.getRedisCacheMetrics()
+	if err != nil {
+		return &problem{Status: http.StatusServiceUnavailable, Detail: "Redis does not answer."}
+	}
+	writeJSON(w, http.StatusOK, m)
+	return nil
+}
+
+// prometheusView answers GET /metrics in Prometheus's text format.
+func (c *cache) prometheusView(w http.ResponseWriter, r *http.Request) error {
+	m, err := c.getRedisCacheMetrics()
+	if err != nil {
+		return &problem{Status: http.StatusServiceUnavailable, Detail: "Redis does not answer."}
+	}
+	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+	metric := func(name, kind, help string) { fmt.Fprintf(w, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind) }
+
+	metric("redis_keyspace_hits_total", "counter", "Look-ups of existing keys, by all clients of this Redis.")
+	fmt.Fprintf(w, "redis_keyspace_hits_total %d\n", m.KeyspaceHits)
+	metric("redis_keyspace_misses_total", "counter", "Look-ups of missing keys, by all clients of this Redis.")
+	fmt.Fprintf(w, "redis_keyspace_misses_total %d\n", m.KeyspaceMisses)
+	metric("redis_keyspace_hit_ratio", "gauge", "Hits per look-up since Redis started, 0 to 1.")
+	fmt.Fprintf(w, "redis_keyspace_hit_ratio %g\n", m.HitRatio)
+
+	levels := []struct {
+		name string
+		levelMetrics
+	}{{"page", m.Levels.Page}, {"all_properties", m.Levels.AllProperties}}
+	metric("cache_requests_total", "counter", "Requests that a cache level of this process answered.")
+	for _, l := range levels {
+		fmt.Fprintf(w, "cache_requests_total{level=%q,result=\"hit\"} %d\n", l.name, l.Hits)
+		fmt.Fprintf(w, "cache_requests_total{level=%q,result=\"miss\"} %d\n", l.name, l.Misses)
+		fmt.Fprintf(w, "cache_requests_total{level=%q,result=\"bypass\"} %d\n", l.name, l.Bypassed)
+	}
+	metric("cache_coalesced_requests_total", "counter", "Those of them that shared another request's look-up.")
+	for _, l := range levels {
+		fmt.Fprintf(w, "cache_coalesced_requests_total{level=%q} %d\n", l.name, l.Coalesced)
+	}
+	return nil
+}

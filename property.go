@@ -1,0 +1,508 @@
+// property.go: the model, its SQL, its validation and its views. Django: models.py and views.py.
+//
+// Nothing here knows of a cache. The views read the list through a function that they were given, and every
+// write ends in a signal; who caches what, and who hears the signal, is the business of the files below.
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"database/sql"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"mime"
+	"net/http"
+	"strconv"
+	"strings"
+	"time"
+	"unicode/utf16"
+	"unicode/utf8"
+)
+
+const (
+	// answerWithin bounds what a request may wait for PostgreSQL, whoever's load it joined. A second is left
+	// to hand the answer over: nobody waits longer than 5 s.
+	answerWithin = 4 * time.Second
+
+	propertiesPath = "/properties/"
+	maxBody        = 64 << 10 // bytes in the body of a POST or PUT
+)
+
+// A property is one listing: a row of schema.sql, and an object of the API.
+type property struct {
+	ID          int64     `json:"id"`
+	Title       string    `json:"title"`
+	Description string    `json:"description"`
+	Price       price     `json:"price"`
+	Location    string    `json:"location"`
+	CreatedAt   time.Time `json:"created_at"`
+}
+
+// A price is an exact decimal with two decimals, "1234.50", from PostgreSQL's numeric to the client's JSON.
+// It stays text all the way: no float can round it, and nothing here computes with it.
+type price string
+
+// parsePrice reads a price from 0 to 99999999.99 with at most two decimals. It takes JSON's form of a
+// number, without sign and exponent, so that nothing is left to guess or to round.
+func parsePrice(s string) (p price, ok bool) {
+	whole, cents, point := strings.Cut(s, ".")
+	if !digits(whole) || len(whole) > 8 || len(whole) > 1 && whole[0] == '0' {
+		return "", false
+	}
+	if point && (!digits(cents) || len(cents) > 2) {
+		return "", false
+	}
+	return price(whole + "." + (cents + "00")[:2]), true
+}
+
+func digits(s string) bool { return s != "" && strings.Trim(s, "0123456789") == "" }
+
+// properties is the model's manager and its views. Django: Property.objects, and the functions of views.py.
+type properties struct {
+	db *sql.DB
+
+	// getAll answers the list view with all properties as a JSON array. See getAllProperties in cache.go.
+	getAll func(context.Context) ([]byte, error)
+
+	// The signals, sent after the commit and before the client has its answer. See signals.go.
+	postSave    func(ctx context.Context, p property, created bool)
+	postDelete  func(ctx context.Context, p property)
+	postUnknown func(ctx context.Context, cause error)
+}
+
+const columns = `id, title, description, price, location, created_at`
+
+// scan reads one row of columns.
+func scan(row interface{ Scan(...any) error }) (property, error) {
+	var p property
+	err := row.Scan(&p.ID, &p.Title, &p.Description, &p.Price, &p.Location, &p.CreatedAt)
+	p.CreatedAt = p.CreatedAt.UTC() // the driver gives local time
+	return p, err
+}
+
+// all reads every property, ordered by id.
+func (s *properties) all(ctx context.Context) ([]property, error) {
+	rows, err := s.db.QueryContext(ctx, `SELECT `+columns+` FROM properties ORDER BY id`)
+	if err != nil {
+		return nil, unavailable("select properties", err)
+	}
+	defer rows.Close()
+	list := []property{} // not nil: an empty table is [] in JSON, not null
+	for rows.Next() {
+		p, err := scan(rows)
+		if err != nil {
+			return nil, unavailable("scan property", err)
+		}
+		list = append(list, p)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, unavailable("select properties", err)
+	}
+	return list, nil
+}
+
+// get reads one property; errNotFound if there is none.
+func (s *properties) get(ctx context.Context, id int64) (property, error) {
+	row := s.db.QueryRowContext(ctx, `SELECT `+columns+` FROM properties WHERE id = $1`, id)
+	return found(scan(row))
+}
+
+// create inserts p and returns it as the database keeps it, with id and created_at.
+func (s *properties) create(ctx context.Context, p property) (property, error) {
+	p, err := s.write(ctx, `INSERT INTO properties (title, description, price, location)
+		VALUES ($1, $2, $3, $4) RETURNING `+columns, p.Title, p.Description, p.Price, p.Location)
+	if err == nil {
+		s.postSave(ctx, p, true)
+	}
+	return p, err
+}
+
+// replace overwrites the row that has p's id; errNotFound if there is none.
+func (s *properties) replace(ctx context.Context, p property) (property, error) {
+	p, err := s.write(ctx, `UPDATE properties SET title = $1, description = $2, price = $3, location = $4
+		WHERE id = $5 RETURNING `+columns, p.Title, p.Description, p.Price, p.Location, p.ID)
+	if err == nil {
+		s.postSave(ctx, p, false)
+	}
+	return p, err
+}
+
+// delete removes one property; errNotFound if there is none.
+func (s *properties) delete(ctx context.Context, id int64) error {
+	p, err := s.write(ctx, `DELETE FROM properties WHERE id = $1 RETURNING `+columns, id)
+	if err == nil {
+		s.postDelete(ctx, p)
+	}
+	return err
+}
+
+// write runs one statement that returns the row that it wrote, and commits.
+//
+// The transaction is there for the deadline: a statement that hangs past it can't take effect after the
+// client was told so, because its COMMIT is never sent. Only a COMMIT whose answer is lost leaves a doubt,
+// and then the caches must go all the same.
+func (s *properties) write(ctx context.Context, statement string, args ...any) (property, error) {
+	tx, err := s.db.BeginTx(ctx, nil)
+	if err != nil {
+		return property{}, unavailable("begin", err)
+	}
+	defer tx.Rollback() // after Commit it does nothing
+	p, err := found(scan(tx.QueryRowContext(ctx, statement, args...)))
+	if err != nil {
+		return property{}, err
+	}
+	if err := tx.Commit(); err != nil {
+		s.postUnknown(ctx, err)
+		return property{}, fmt.Errorf("%w: commit: %w", errUnknown, err)
+	}
+	return p, nil
+}
+
+// found turns the absence of a row into errNotFound, and any other error into errUnavailable.
+func found(p property, err error) (property, error) {
+	if errors.Is(err, sql.ErrNoRows) {
+		return property{}, errNotFound
+	}
+	if err != nil {
+		return property{}, unavailable("one property", err)
+	}
+	return p, nil
+}
+
+var (
+	errNotFound    = errors.New("no such property")
+	errUnavailable = errors.New("PostgreSQL unavailable")
+	errUnknown     = errors.New("PostgreSQL may or may not have committed")
+)
+
+// unavailable marks err as PostgreSQL's: the client may try again.
+func unavailable(operation string, err error) error {
+	return fmt.Errorf("%w: %s: %w", errUnavailable, operation, err)
+}
+
+// A view answers a request, or returns the error to answer with. Django: a view raises Http404 and the like.
+type view func(http.ResponseWriter, *http.Request) error
+
+func (v view) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if err := v(w, r); err != nil {
+		writeError(w, r, err)
+	}
+}
+
+// listView answers GET /properties/. cachePage wraps it: it sees nothing of the client's request.
+func (s *properties) listView(w http.ResponseWriter, r *http.Request) error {
+	list, err := s.getAll(r.Context())
+	if err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.Write(list)
+	return nil
+}
+
+// createView answers POST /properties/.
+func (s *properties) createView(w http.ResponseWriter, r *http.Request) error {
+	p, err := readProperty(w, r)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := writeContext(r)
+	defer cancel()
+	if p, err = s.create(ctx, p); err != nil {
+		return err
+	}
+	w.Header().Set("Location", fmt.Sprintf("%s%d/", propertiesPath, p.ID))
+	writeJSON(w, http.StatusCreated, p)
+	return nil
+}
+
+// detailView answers GET /properties/{id}/. It isn't cached: a primary-key read costs about what a round
+// trip to Redis costs, so a cache would only add ways to be wrong.
+func (s *properties) detailView(w http.ResponseWriter, r *http.Request) error {
+	id, err := pathID(r)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), answerWithin)
+	defer cancel()
+	p, err := s.get(ctx, id)
+	if err != nil {
+		return err
+	}
+	writeJSON(w, http.StatusOK, p)
+	return nil
+}
+
+// replaceView answers PUT /properties/{id}/.
+func (s *properties) replaceView(w http.ResponseWriter, r *http.Request) error {
+	id, err := pathID(r)
+	if err != nil {
+		return err
+	}
+	p, err := readProperty(w, r)
+	if err != nil {
+		return err
+	}
+	p.ID = id
+	ctx, cancel := writeContext(r)
+	defer cancel()
+	if p, err = s.replace(ctx, p); err != nil {
+		return err
+	}
+	writeJSON(w, http.StatusOK, p)
+	return nil
+}
+
+// deleteView answers DELETE /properties/{id}/.
+func (s *properties) deleteView(w http.ResponseWriter, r *http.Request) error {
+	id, err := pathID(r)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := writeContext(r)
+	defer cancel()
+	if err := s.delete(ctx, id); err != nil {
+		return err
+	}
+	w.WriteHeader(http.StatusNoContent)
+	return nil
+}
+
+// writeContext outlives the client: one that hangs up between the commit and the signal must not leave the
+// caches stale.
+func writeContext(r *http.Request) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(context.WithoutCancel(r.Context()), answerWithin)
+}
+
+// pathID reads {id} as PostgreSQL would print it. "01" and "+1" name no property, so each has one URL.
+func pathID(r *http.Request) (int64, error) {
+	id, err := strconv.ParseInt(r.PathValue("id"), 10, 64)
+	if err != nil || id < 1 || strconv.FormatInt(id, 10) != r.PathValue("id") {
+		return 0, errNotFound
+	}
+	return id, nil
+}
+
+// readProperty reads the client's property; its error is the *problem to answer with.
+func readProperty(w http.ResponseWriter, r *http.Request) (property, error) {
+	mediaType, _, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
+	if err != nil || mediaType != "application/json" {
+		return property{}, &problem{Status: http.StatusUnsupportedMediaType, Detail: "Send Content-Type: application/json."}
+	}
+	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
+	if tooLarge := (*http.MaxBytesError)(nil); errors.As(err, &tooLarge) {
+		return property{}, &problem{Status: http.StatusRequestEntityTooLarge, Detail: "The body is over 64 KiB."}
+	}
+	if err != nil {
+		return property{}, badRequest("The body could not be read to its end.", nil)
+	}
+	return decodeProperty(body)
+}
+
+// decodeProperty checks all that a client may get wrong, and says all of it at once. encoding/json alone
+// would let through what PostgreSQL refuses or what the client didn't mean: it takes the last of two equal
+// names, matches names in any case, and puts U+FFFD where the text is broken.
+func decodeProperty(body []byte) (property, error) {
+	if !utf8.Valid(body) {
+		return property{}, badRequest("The body is not valid UTF-8.", nil)
+	}
+	if !json.Valid(body) { // trailing data and nesting bombs included
+		return property{}, badRequest("The body is not one valid JSON value.", nil)
+	}
+	f := form{raw: map[string]json.RawMessage{}, errors: map[string]string{}}
+	if err := f.split(body); err != nil {
+		return property{}, badRequest("The body is not a JSON object.", nil)
+	}
+	p := property{
+		Title:       f.text("title", 1, 200),
+		Description: f.text("description", 0, maxBody),
+		Price:       f.price("price"),
+		Location:    f.text("location", 1, 100),
+	}
+	for name := range f.raw { // what no field has taken
+		f.errors[name] = "is not a field that can be set"
+	}
+	if len(f.errors) > 0 {
+		return property{}, badRequest("The property is refused; errors says why.", f.errors)
+	}
+	return p, nil
+}
+
+// A form is a client's object on its way into a property: the fields not yet taken, and what was wrong.
+type form struct {
+	raw    map[string]json.RawMessage
+	errors map[string]string
+}
+
+// split fills f.raw with the fields of body, which is valid JSON. It fails if body isn't an object.
+func (f *form) split(body []byte) error {
+	decoder := json.NewDecoder(bytes.NewReader(body))
+	if start, err := decoder.Token(); err != nil || start != json.Delim('{') {
+		return errors.New("not an object")
+	}
+	for decoder.More() {
+		token, err := decoder.Token()
+		if err != nil {
+			return err
+		}
+		var value json.RawMessage
+		if err := decoder.Decode(&value); err != nil {
+			return err
+		}
+		name := token.(string)
+		if _, repeated := f.raw[name]; repeated {
+			f.errors[name] = "is given more than once"
+		}
+		f.raw[name] = value
+	}
+	return nil
+}
+
+// take removes the field and returns its JSON. A missing field is an error, noted here.
+func (f *form) take(name string) (raw string, ok bool) {
+	value, ok := f.raw[name]
+	delete(f.raw, name)
+	if !ok {
+		f.errors[name] = "is required"
+	}
+	return string(value), ok && f.errors[name] == ""
+}
+
+// text takes a string of at least least (0 or 1) visible and at most most characters.
+func (f *form) text(name string, least, most int) string {
+	raw, ok := f.take(name)
+	if !ok {
+		return ""
+	}
+	var s string
+	switch err := json.Unmarshal([]byte(raw), &s); {
+	case err != nil || raw == "null":
+		f.errors[name] = "must be a string"
+	case strings.Contains(s, "\x00") || loneSurrogate(raw):
+		f.errors[name] = "must not contain U+0000 or half a surrogate pair"
+	case least > 0 && strings.TrimSpace(s) == "":
+		f.errors[name] = "must not be blank"
+	case utf8.RuneCountInString(s) > most:
+		f.errors[name] = fmt.Sprintf("must not be longer than %d characters", most)
+	}
+	return s
+}
+
+// price takes a price, as a JSON string or number.
+func (f *form) price(name string) price {
+	raw, ok := f.take(name)
+	if !ok {
+		return ""
+	}
+	text := raw
+	if raw[0] == '"' {
+		if err := json.Unmarshal([]byte(raw), &text); err != nil {
+			f.errors[name] = "must be a decimal number"
+			return ""
+		}
+	}
+	p, ok := parsePrice(text)
+	if !ok {
+		f.errors[name] = `must be from 0 to 99999999.99, with at most two decimals, such as "1250.00"`
+	}
+	return p
+}
+
+// loneSurrogate tells whether a JSON string escapes half of a UTF-16 pair, which is no character:
+// encoding/json would decode it as U+FFFD, and so store what the client didn't send.
+func loneSurrogate(raw string) bool {
+	for {
+		_, rest, found := strings.Cut(raw, `\`)
+		if !found {
+			return false
+		}
+		if rest[0] != 'u' { // \\, \", \n and the like
+			raw = rest[1:]
+			continue
+		}
+		unit, _ := strconv.ParseUint(rest[1:5], 16, 16) // four hex digits: the JSON is valid
+		raw = rest[5:]
+		if !utf16.IsSurrogate(rune(unit)) {
+			continue
+		}
+		if len(raw) < 6 || raw[:2] != `\u` {
+			return true
+		}
+		low, _ := strconv.ParseUint(raw[2:6], 16, 16)
+		if utf16.DecodeRune(rune(unit), rune(low)) == utf8.RuneError {
+			return true
+		}
+		raw = raw[6:]
+	}
+}
+
+// A problem is the answer to a request that fails, as RFC 9457 has it, and the error that leads to it.
+type problem struct {
+	Type   string            `json:"type"`
+	Title  string            `json:"title"`
+	Status int               `json:"status"`
+	Detail string            `json:"detail"`
+	Errors map[string]string `json:"errors,omitempty"` // field → what is wrong with it
+}
+
+func (p *problem) Error() string { return p.Detail }
+
+func badRequest(detail string, fields map[string]string) *problem {
+	return &problem{Status: http.StatusBadRequest, Detail: detail, Errors: fields}
+}
+
+// writeError is the only place where an error becomes a status. The client learns what it did wrong; the
+// log learns what we did.
+func writeError(w http.ResponseWriter, r *http.Request, err error) {
+	var p *problem
+	switch {
+	case errors.As(err, &p):
+	case errors.Is(err, errNotFound):
+		p = &problem{Status: http.StatusNotFound, Detail: "There is no such property."}
+	case errors.Is(err, context.Canceled):
+		return // the client has left: nobody to answer
+	case errors.Is(err, errUnknown):
+		p = &problem{Status: http.StatusServiceUnavailable, Detail: "The database did not confirm the write: it may have been applied. Look before you repeat it."}
+	case errors.Is(err, errUnavailable), errors.Is(err, context.DeadlineExceeded):
+		p = &problem{Status: http.StatusServiceUnavailable, Detail: "The database does not answer. Nothing was changed; try again."}
+	default:
+		p = &problem{Status: http.StatusInternalServerError, Detail: "Something is wrong on our side."}
+	}
+	if p.Status >= 500 {
+		slog.Error("request failed", "method", r.Method, "path", r.URL.Path, "status", p.Status, "err", err)
+	}
+	if p.Status == http.StatusServiceUnavailable {
+		w.Header().Set("Retry-After", "1") // second
+	}
+	p.Type, p.Title = "about:blank", http.StatusText(p.Status)
+	w.Header().Set("Content-Type", "application/problem+json")
+	writeBody(w, p.Status, encode(p))
+}
+
+// writeJSON answers with v.
+func writeJSON(w http.ResponseWriter, status int, v any) {
+	w.Header().Set("Content-Type", "application/json")
+	writeBody(w, status, encode(v))
+}
+
+func writeBody(w http.ResponseWriter, status int, body []byte) {
+	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
+	w.WriteHeader(status)
+	w.Write(body) // fails only if the client has left
+}
+
+// encode is json.Marshal that leaves <, > and & as they are, since no browser takes our JSON for HTML, and
+// ends in a newline, which is kind to a terminal.
+func encode(v any) []byte {
+	var body bytes.Buffer
+	encoder := json.NewEncoder(&body)
+	encoder.SetEscapeHTML(false)
+	if err := encoder.Encode(v); err != nil {
+		panic(err) // all our types can be encoded
+	}
+	return body.Bytes()
+}

@@ -1,0 +1,90 @@
+// signals.go: who hears of a write. Django: post_save, post_delete, @receiver, and Signal.send_robust.
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"runtime/debug"
+	"sync"
+)
+
+// A signal is a list of receivers. The zero value has none.
+//
+// Receivers run one after the other, in the order in which they were connected, on the goroutine of the
+// write and before its answer: what they do is done when the client goes on.
+type signal[T any] struct {
+	mu        sync.Mutex // guards receivers
+	receivers []receiver[T]
+}
+
+type receiver[T any] struct {
+	name string // for the log
+	hear func(context.Context, T) error
+}
+
+// connect adds a receiver. Django: @receiver(post_save, sender=Property).
+func (s *signal[T]) connect(name string, hear func(context.Context, T) error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.receivers = append(s.receivers, receiver[T]{name, hear})
+}
+
+// send calls every receiver. The row is committed: a receiver that fails or panics is logged, the next one
+// runs, and the write stays a success.
+//
+// ctx loses its deadline and its cancellation here, since a write that took its time must be heard of too.
+func (s *signal[T]) send(ctx context.Context, event T) {
+	s.mu.Lock()
+	receivers := s.receivers[:len(s.receivers):len(s.receivers)] // connect may append while we call
+	s.mu.Unlock()
+	for _, r := range receivers {
+		if err := r.call(context.WithoutCancel(ctx), event); err != nil {
+			slog.Error("signal: receiver failed", "receiver", r.name, "err", err)
+		}
+	}
+}
+
+// call is hear with a panic turned into an error.
+func (r receiver[T]) call(ctx context.Context, event T) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
+		}
+	}()
+	return r.hear(ctx, event)
+}
+
+// signals are the ones that properties sends, all of them after the commit. (Django sends post_delete
+// before it: a reader can fill the cache with the row again before the row is gone.)
+type signals struct {
+	postSave    signal[saved]
+	postDelete  signal[property]
+	postUnknown signal[error] // a commit whose outcome is unknown, and why. Django has no such signal.
+}
+
+// saved is what postSave carries. Django: the instance and created of post_save.
+type saved struct {
+	property property
+	created  bool // false: replaced
+}
+
+// connectReceivers says who hears of what. Django: AppConfig.ready(), which imports signals.py.
+func (s *signals) connectReceivers(c *cache) {
+	s.postSave.connect("log", logSaved)
+	s.postDelete.connect("log", logDeleted)
+	s.postSave.connect("invalidate", func(context.Context, saved) error { return c.invalidate() })
+	s.postDelete.connect("invalidate", func(context.Context, property) error { return c.invalidate() })
+	s.postUnknown.connect("invalidate", func(context.Context, error) error { return c.invalidate() })
+}
+
+func logSaved(_ context.Context, s saved) error {
+	slog.Info("property saved", "id", s.property.ID, "created", s.created)
+	return nil
+}
+
+func logDeleted(_ context.Context, p property) error {
+	slog.Info("property deleted", "id", p.ID)
+	return nil
+}
