@@ -72,6 +72,7 @@ type cache struct {
 	// The cache is trusted while failures == healed. To heal is to invalidate and then to set healed to
 	// what failures was before: a failure meanwhile leaves the two apart.
 	failures, healed atomic.Int64
+	healing          atomic.Bool // heal has reached Redis
 
 	lists level[[]byte]
 	pages level[*page]
@@ -167,10 +168,15 @@ func (c *cache) run(ctx context.Context) {
 
 // heal invalidates, over new connections, and so regains trust.
 func (c *cache) heal() error {
-	failures := c.failures.Load() // before the invalidation: a later failure needs a later one
 	c.pool.Swap(c.newPool()).Close()
 	conn := c.pool.Load().Get()
 	defer conn.Close()
+	if conn.Err() != nil {
+		return conn.Err()
+	}
+	c.healing.Store(true) // from here on writes invalidate by themselves
+	defer c.healing.Store(false)
+	failures := c.failures.Load() // a later failure needs a later invalidation
 	if err := sendInvalidation(conn); err != nil {
 		return err
 	}
@@ -181,10 +187,12 @@ func (c *cache) heal() error {
 
 // invalidate makes both levels forget, before the write that calls for it is answered.
 //
-// Without trust it doesn't wait for Redis but counts one more failure: the invalidation that heals us may
-// be on its way already, and then it came before this write and isn't enough.
+// Without trust it doesn't wait for Redis. It counts one more failure instead, so that heal must invalidate
+// once more: what another instance stored before this write's commit would outlive an invalidation that
+// is already on its way. (While heal is at it, Redis does answer. If writes didn't invalidate by
+// themselves then, a steady stream of them would keep the cache from ever being healed.)
 func (c *cache) invalidate() error {
-	if !c.trusted() {
+	if !c.trusted() && !c.healing.Load() {
 		c.failures.Add(1)
 		return nil
 	}
@@ -197,12 +205,12 @@ func sendInvalidation(conn redis.Conn) error {
 	conn.Send("MULTI")
 	conn.Send("SET", fenceKey, rand.Text())
 	conn.Send("DEL", allPropertiesKey, pageKey(propertiesPath, false), pageKey(propertiesPath, true))
-	_, err := exec(conn)
+	_, err := execMulti(conn)
 	return err
 }
 
-// exec runs what was sent since MULTI and tells whether it took effect: not if a watched key has changed.
-func exec(conn redis.Conn) (done bool, err error) {
+// execMulti runs what was sent since MULTI and tells whether it took effect: not if a watched key has changed.
+func execMulti(conn redis.Conn) (done bool, err error) {
 	replies, err := redis.Values(conn.Do("EXEC"))
 	if errors.Is(err, redis.ErrNil) {
 		return false, nil
@@ -299,7 +307,7 @@ func (l *level[T]) lookUp(ctx context.Context, key string, ttl time.Duration, lo
 	}
 	conn.Send("MULTI")
 	bytes := l.store(conn, key, value, ttl)
-	stored, err := exec(conn)
+	stored, err := execMulti(conn)
 	if err != nil {
 		l.cache.fail(err)
 	}

@@ -71,7 +71,7 @@ func run(args []string, getenv func(string) string) int {
 	if err == nil {
 		err = s.serve(ctx)
 	}
-	if err != nil {
+	if err != nil && ctx.Err() == nil { // not if a signal came while we were starting
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
@@ -136,7 +136,8 @@ func prepare(ctx context.Context, db *sql.DB, seed uint) error {
 	for err := db.PingContext(waiting); err != nil; err = db.PingContext(waiting) {
 		select {
 		case <-waiting.Done():
-			return fmt.Errorf("PostgreSQL does not answer at DATABASE_URL (%w)\nStart it with: docker compose up -d --wait\nor run everything with: scripts/with-services go run .", err)
+			cause := strings.Join(strings.Fields(err.Error()), " ") // in one line
+			return fmt.Errorf("PostgreSQL does not answer at DATABASE_URL: start it with \"docker compose up -d --wait\", or use \"scripts/with-services go run .\" (%s)", cause)
 		case <-time.After(250 * time.Millisecond):
 		}
 	}
