@@ -128,7 +128,7 @@ func TestWriteThenRead(t *testing.T) {
 // gate holds up the program's list query after it has read the rows, which is the moment that all the races
 // are about. reading receives when a query has read; it returns when release is sent to.
 func (p *program) gate() (reading <-chan struct{}, release chan<- struct{}) {
-	read, resume := make(chan struct{}), make(chan struct{})
+	read, resume := make(chan struct{}, 10), make(chan struct{}, 10)
 	query := p.cache.query
 	p.cache.query = func(ctx context.Context) ([]property, error) {
 		list, err := query(ctx)
@@ -158,20 +158,20 @@ func TestLateFillLosesToWrite(t *testing.T) {
 	reading, release := p.gate()
 
 	reader := p.get()
-	<-reading                                             // 1. the reader has read the old rows
+	receive(t, reading)                                   // 1. the reader has read the old rows
 	p.want(t, 201, "POST", "/properties/", titled("new")) // 2. the writer commits and invalidates
 	release <- struct{}{}                                 // 3. the reader wants to store
-	e := <-reader
+	e := receive(t, reader)
 	if e.Header.Get("Cache-Status") != missStatus || string(e.body) != "[]\n" {
 		t.Errorf("the reader has %s %s, want the old list, not stored", e.Header.Get("Cache-Status"), e.body)
 	}
 	if n, err := redis.Int(p.redis.Do("EXISTS", allPropertiesKey, pageKey("/properties/", false))); err != nil || n != 0 {
-		t.Errorf("the late fill stored %d keys (%v)", n, err)
+		t.Fatalf("the late fill stored %d keys (%v)", n, err)
 	}
 	next := p.get()
-	<-reading
+	receive(t, reading)
 	release <- struct{}{}
-	if e := <-next; !bytes.Contains(e.body, []byte("new")) {
+	if e := receive(t, next); !bytes.Contains(e.body, []byte("new")) {
 		t.Errorf("the next GET has %s", e.body)
 	}
 }
@@ -182,7 +182,7 @@ func TestLateJoinerGetsTheNextLoad(t *testing.T) {
 	reading, release := p.gate()
 
 	early := p.get()
-	<-reading                                             // 1. the early reader's load has read the old rows
+	receive(t, reading)                                   // 1. the early reader's load has read the old rows
 	p.want(t, 201, "POST", "/properties/", titled("new")) // 2. the write is answered
 	late := p.get()                                       // 3. the late reader asks, while that load runs
 	eventually(t, "the late reader waits", func() bool {
@@ -191,12 +191,12 @@ func TestLateJoinerGetsTheNextLoad(t *testing.T) {
 		return p.cache.pages.loads.next[pageKey("/properties/", false)] != nil
 	})
 	release <- struct{}{}
-	if e := <-early; string(e.body) != "[]\n" {
+	if e := receive(t, early); string(e.body) != "[]\n" {
 		t.Errorf("the early reader has %s", e.body)
 	}
-	<-reading
+	receive(t, reading)
 	release <- struct{}{}
-	if e := <-late; !bytes.Contains(e.body, []byte("new")) {
+	if e := receive(t, late); !bytes.Contains(e.body, []byte("new")) {
 		t.Errorf("the late reader has %s, want the new row", e.body)
 	}
 }
@@ -576,14 +576,14 @@ func TestClientLeaves(t *testing.T) {
 		_, err := client.Do(r)
 		left <- err
 	}()
-	<-reading
+	receive(t, reading)
 	stays := p.get()
 	leave()
 	if err := <-left; !errors.Is(err, context.Canceled) {
 		t.Error(err)
 	}
 	release <- struct{}{} // the load that it started goes on: it fills all_properties and the page
-	if e := <-stays; e.Response == nil || e.StatusCode != 200 {
+	if e := receive(t, stays); e.Response == nil || e.StatusCode != 200 {
 		t.Errorf("the one who stayed: %s", e.body)
 	}
 	p.list(t, hitStatus)
