@@ -509,6 +509,10 @@ func TestStampede(t *testing.T) {
 	if n := queries(); n != 1 {
 		t.Errorf("%d queries, want 1", n)
 	}
+	// Each is counted by its outcome, and those who shared a look-up as coalesced besides.
+	if m := p.cache.pages.metrics(); m.Misses < 1 || m.Hits+m.Misses != clients || m.Bypassed != 0 || m.Coalesced < clients/2 {
+		t.Errorf("page: %+v", m)
+	}
 }
 
 // While Redis is away, PostgreSQL sees one list query at a time, and every client has its answer.

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/rand"
@@ -11,10 +12,16 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"strings"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -31,6 +38,10 @@ var services struct {
 }
 
 func TestMain(m *testing.M) {
+	if os.Getenv("RUN_MAIN") != "" { // runMain starts this binary again, as the program
+		main()
+		return
+	}
 	if os.Getenv("BENCH_CLIENT") != "" { // bench_test.go runs this binary again, for the load
 		benchClient()
 		return
@@ -244,23 +255,27 @@ func titles(list []property) string {
 	return strings.Join(all, ", ")
 }
 
-// eventually waits for what happens in the background; it gives up after 10 s.
+// patience is how long a test waits for what should come at once. (The program itself waits 10 s for
+// PostgreSQL.)
+const patience = 30 * time.Second
+
+// eventually waits for what happens in the background.
 func eventually(t testing.TB, what string, holds func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); !holds(); time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(patience); !holds(); time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatalf("in vain: waited 10 s until %s", what)
+			t.Fatalf("in vain: waited %v until %s", patience, what)
 		}
 	}
 }
 
-// receive is <-c that gives up after 10 s.
+// receive is <-c that gives up.
 func receive[T any](t testing.TB, c <-chan T) (value T) {
 	t.Helper()
 	select {
 	case value = <-c:
-	case <-time.After(10 * time.Second):
-		t.Fatal("in vain: waited 10 s for what should come at once")
+	case <-time.After(patience):
+		t.Fatalf("in vain: waited %v", patience)
 	}
 	return value
 }
@@ -451,5 +466,205 @@ func TestHealth(t *testing.T) {
 	up.db.Close()
 	if e := up.want(t, 503, "GET", "/healthz", ""); !strings.Contains(string(e.body), `"postgresql":"down"`) {
 		t.Errorf("without PostgreSQL: %s", e.body)
+	}
+}
+
+// A process is the program as its users run it.
+type process struct {
+	command *exec.Cmd
+	stderr  *os.File
+	url     string
+}
+
+// runMain starts the program as a process, which ends with the test.
+func runMain(t testing.TB, env []string, args ...string) *process {
+	t.Helper()
+	stderr, err := os.Create(filepath.Join(t.TempDir(), "stderr"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	command := exec.Command(os.Args[0], args...)
+	command.Env = append(os.Environ(), append([]string{"RUN_MAIN=1", "DATABASE_URL=" + databaseURL(t), "REDIS_URL=" + services.redisURL}, env...)...)
+	command.Stderr = stderr
+	if err := command.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { command.Process.Kill(); command.Wait() })
+	return &process{command: command, stderr: stderr}
+}
+
+// databaseURL is the tests' database as a setting.
+func databaseURL(t testing.TB) string {
+	t.Helper()
+	u, err := url.Parse(os.Getenv("DATABASE_URL"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	u.Path = services.database.Database
+	return u.String()
+}
+
+// log is what the process has said so far.
+func (p *process) log(t testing.TB) string {
+	t.Helper()
+	said, err := os.ReadFile(p.stderr.Name())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(said)
+}
+
+// serving waits until the process listens.
+func (p *process) serving(t testing.TB) *process {
+	t.Helper()
+	eventually(t, "the program serves", func() bool {
+		_, rest, found := strings.Cut(p.log(t), "url=")
+		p.url, _, _ = strings.Cut(rest, "/properties/")
+		return found
+	})
+	return p
+}
+
+// wait returns the exit status.
+func (p *process) wait(t testing.TB) int {
+	t.Helper()
+	done := make(chan error, 1)
+	go func() { done <- p.command.Wait() }()
+	receive(t, done)
+	return p.command.ProcessState.ExitCode()
+}
+
+// SIGTERM under load: every request that was accepted has its whole answer, and the exit status is 0.
+func TestStopUnderLoad(t *testing.T) {
+	reset(t)
+	p := runMain(t, nil, "-addr", "127.0.0.1:0", "-seed", "1000").serving(t)
+	const clients = 16
+	var answered atomic.Int64
+	failed := make(chan error, clients)
+	for range clients {
+		go func() {
+			// A connection for each request: on a kept one, the server may say goodbye while we ask.
+			once := &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DisableCompression: true}}
+			for {
+				response, err := once.Get(p.url + "/properties/")
+				if err != nil {
+					failed <- nil // not accepted any more
+					return
+				}
+				n, err := io.Copy(io.Discard, response.Body)
+				response.Body.Close()
+				if err != nil || response.StatusCode != 200 || n != response.ContentLength {
+					failed <- fmt.Errorf("status %d, %d of %d bytes: %w", response.StatusCode, n, response.ContentLength, err)
+					return
+				}
+				answered.Add(1)
+			}
+		}()
+	}
+	eventually(t, "there is load", func() bool { return answered.Load() > 200 })
+	if err := p.command.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	for range clients {
+		if err := receive(t, failed); err != nil {
+			t.Error(err)
+		}
+	}
+	if status := p.wait(t); status != 0 || !strings.Contains(p.log(t), "stopped") {
+		t.Errorf("exit status %d: %s", status, p.log(t))
+	}
+}
+
+// A request that is under way when SIGTERM comes is finished first.
+func TestStopFinishesRequests(t *testing.T) {
+	reset(t)
+	p := runMain(t, nil, "-addr", "127.0.0.1:0").serving(t)
+	conn, err := net.Dial("tcp", strings.TrimPrefix(p.url, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	first, second := validProperty[:20], validProperty[20:]
+	fmt.Fprintf(conn, "POST /properties/ HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n", len(validProperty))
+	answer := bufio.NewReader(conn)
+	if line, err := answer.ReadString('\n'); err != nil || !strings.Contains(line, "100 Continue") { // the view is reading
+		t.Fatalf("%q (%v)", line, err)
+	}
+	fmt.Fprint(conn, first)
+	p.command.Process.Signal(os.Interrupt)
+	eventually(t, "it is stopping", func() bool { return strings.Contains(p.log(t), "stopping") })
+	fmt.Fprint(conn, second)
+	answer.ReadString('\n')
+	if line, err := answer.ReadString('\n'); err != nil || !strings.Contains(line, "201 Created") {
+		t.Errorf("%q (%v)", line, err)
+	}
+	if status := p.wait(t); status != 0 {
+		t.Errorf("exit status %d: %s", status, p.log(t))
+	}
+}
+
+// What keeps it from serving is one line and exit status 1.
+func TestCannotServe(t *testing.T) {
+	reset(t)
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
+	tests := []struct {
+		about string
+		env   []string
+		args  []string
+		says  string
+	}{
+		{"a port that is taken", nil, []string{"-addr", taken.Addr().String()}, "address already in use"},
+		{"no PostgreSQL", []string{"DATABASE_URL=postgres://u:s3cret@127.0.0.1:1/db"}, nil, "docker compose up -d --wait"},
+	}
+	for _, test := range tests {
+		t.Run(test.about, func(t *testing.T) {
+			p := runMain(t, test.env, test.args...)
+			status := p.wait(t)
+			lines := strings.Split(strings.TrimSpace(p.log(t)), "\n")
+			if last := lines[len(lines)-1]; status != 1 || !strings.Contains(last, test.says) || strings.Contains(p.log(t), "s3cret") {
+				t.Errorf("exit status %d: %s", status, p.log(t))
+			}
+		})
+	}
+}
+
+// Clients that dawdle, idle or never end don't keep others from their answers.
+func TestPressure(t *testing.T) {
+	reset(t)
+	p := runMain(t, nil, "-addr", "127.0.0.1:0", "-seed", "10000").serving(t)
+	dial := func(n int, say string) {
+		for range n {
+			conn, err := net.Dial("tcp", strings.TrimPrefix(p.url, "http://"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { conn.Close() })
+			fmt.Fprint(conn, say)
+		}
+	}
+	dial(500, "")                                                     // idle
+	dial(100, "GET /properties/ HTTP/1.1\r\nHost: local")             // half a header
+	dial(100, "GET /properties/ HTTP/1.1\r\nHost: localhost\r\n\r\n") // read nothing of the answer
+	dial(100, "POST /properties/ HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 60000\r\n\r\n{")
+	dial(100, "POST /properties/ HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n \r\n")
+	for range 20 {
+		for _, path := range []string{"/properties/", "/properties/1/", "/healthz", "/cache/metrics/"} {
+			response, err := client.Get(p.url + path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := io.Copy(io.Discard, response.Body); err != nil || response.StatusCode != 200 {
+				t.Errorf("GET %s: status %d (%v)", path, response.StatusCode, err)
+			}
+			response.Body.Close()
+		}
+	}
+	response, err := client.Get(p.url + "/properties/?" + strings.Repeat("a", 100<<10))
+	if err != nil || response.StatusCode != http.StatusRequestHeaderFieldsTooLarge {
+		t.Errorf("100 KiB of headers: %v (%v)", response, err)
 	}
 }

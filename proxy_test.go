@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bytes"
 	"net"
 	"net/url"
 	"sync"
@@ -35,6 +36,7 @@ type proxy struct {
 	fault    fault
 	listener net.Listener // nil while refused
 	conns    map[net.Conn]bool
+	trigger  []byte // a request that holds it makes the proxy mute
 }
 
 // newProxy starts a proxy before target. It ends with the test.
@@ -89,6 +91,13 @@ func (p *proxy) set(t testing.TB, f fault) {
 	p.fault = f
 }
 
+// muteAfter lets requests through up to one that holds trigger; no reply arrives after it.
+func (p *proxy) muteAfter(trigger string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.trigger = []byte(trigger)
+}
+
 func (p *proxy) now() fault {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -117,7 +126,12 @@ func (p *proxy) connect(client net.Conn) {
 	var done sync.WaitGroup
 	done.Go(func() {
 		p.carry(server, client, func(request []byte) ([]byte, bool) {
-			if p.now() == swallow {
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			if p.trigger != nil && bytes.Contains(request, p.trigger) {
+				p.fault, p.trigger = mute, nil
+			}
+			if p.fault == swallow {
 				return nil, true
 			}
 			return request, true
