@@ -25,7 +25,6 @@ import (
 	"maps"
 	"net/http"
 	"net/url"
-	"runtime/debug"
 	"strconv"
 	"strings"
 	"sync"
@@ -370,7 +369,7 @@ func (c *coalescer[T]) start(key string, l *load[T]) {
 	defer cancel()
 	defer func() {
 		if p := recover(); p != nil {
-			l.err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
+			l.err = panicked(p)
 		}
 		close(l.done)
 		c.mu.Lock()

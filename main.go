@@ -19,7 +19,6 @@ import (
 	"net/url"
 	"os"
 	ossignal "os/signal"
-	"runtime/debug"
 	"strings"
 	"syscall"
 	"time"
@@ -147,25 +146,9 @@ func prepare(ctx context.Context, db *sql.DB, seed uint) error {
 	if seed == 0 {
 		return nil
 	}
-	return insertSeed(ctx, db, seed)
-}
-
-// insertSeed fills an empty table. The lock lets two instances that start at once seed it only once.
-func insertSeed(ctx context.Context, db *sql.DB, n uint) error {
-	tx, err := db.BeginTx(ctx, nil)
+	result, err := db.ExecContext(ctx, fmt.Sprintf(seedProperties, seed))
 	if err != nil {
-		return fmt.Errorf("seed: %w", err)
-	}
-	defer tx.Rollback()
-	if _, err := tx.ExecContext(ctx, `LOCK TABLE properties IN EXCLUSIVE MODE`); err != nil {
-		return fmt.Errorf("seed: lock: %w", err)
-	}
-	result, err := tx.ExecContext(ctx, seedProperties, n)
-	if err != nil {
-		return fmt.Errorf("seed: insert: %w", err)
-	}
-	if err := tx.Commit(); err != nil {
-		return fmt.Errorf("seed: commit: %w", err)
+		return fmt.Errorf("-seed %d: %w", seed, err)
 	}
 	inserted, _ := result.RowsAffected() // pgx always knows
 	slog.Info("seeded", "properties", inserted)
@@ -285,7 +268,7 @@ func recovered(next http.Handler) view {
 	return func(w http.ResponseWriter, r *http.Request) (err error) {
 		defer func() {
 			if p := recover(); p != nil {
-				err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
+				err = panicked(p)
 			}
 		}()
 		next.ServeHTTP(w, r)
@@ -309,13 +292,15 @@ func (a *app) healthView(w http.ResponseWriter, r *http.Request) error {
 	if !a.cache.trusted() {
 		health["cache"] = "bypassed"
 	}
-	writeJSON(w, status, health)
+	writeJSON(w, status, "application/json", health)
 	return nil
 }
 
-// seedProperties inserts $1 listings into an empty table, the same ones every time. Steps that share no
-// factor with a list's length walk through all of it, so neighbours differ.
+// seedProperties inserts %d listings into an empty table, the same ones every time, in one transaction (as
+// PostgreSQL runs statements that arrive together); the lock is for two instances that start at once. Steps
+// that share no factor with a list's length walk through all of it, so neighbours differ.
 const seedProperties = `
+LOCK TABLE properties IN EXCLUSIVE MODE;
 WITH words AS (SELECT
 	ARRAY['Accra', 'Lisbon', 'Nairobi', 'Oslo', 'Kyoto', 'Montréal', 'Valparaíso', 'Ghent', 'Tallinn', 'Cape Town', 'Hội An'] AS cities,
 	ARRAY['Old Town', 'Harbour', 'Riverside', 'Hillside', 'Station Quarter', 'University', 'Market Square'] AS quarters,
@@ -325,12 +310,12 @@ WITH words AS (SELECT
 	ARRAY['the tram stop', 'a bakery', 'the park', 'two schools', 'the market hall'] AS places)
 INSERT INTO properties (title, description, price, location, created_at)
 SELECT
-	qualities[1 + i % 8] || ' ' || kinds[1 + i * 5 % 9] || ' with ' || extras[1 + i * 3 % 7],
-	'Built in ' || 1900 + i * 37 % 125 || ', ' || 25 + i * 17 % 190 || ' m², ' || 2 + i % 20 || ' minutes on foot from '
-		|| places[1 + i * 2 % 5] || '. Available from the ' || 1 + i % 28 || '. of the month; viewing by appointment.',
-	(60000 + i * 7919 % 940000) + (i * 31 % 100) / 100.0,
-	quarters[1 + i * 4 % 7] || ', ' || cities[1 + i * 7 % 11],
-	timestamptz '2025-01-01 08:00:00Z' + i % 300000 * interval '2 minutes'
-FROM words, generate_series(1, $1::bigint) AS i
+	qualities[1 + i %% 8] || ' ' || kinds[1 + i * 5 %% 9] || ' with ' || extras[1 + i * 3 %% 7],
+	'Built in ' || 1900 + i * 37 %% 125 || ', ' || 25 + i * 17 %% 190 || ' m², ' || 2 + i %% 20 || ' minutes on foot from '
+		|| places[1 + i * 2 %% 5] || '. Viewing by appointment, on weekdays from ' || 8 + i %% 9 || ' o''clock.',
+	(60000 + i * 7919 %% 940000) + (i * 31 %% 100) / 100.0,
+	quarters[1 + i * 4 %% 7] || ', ' || cities[1 + i * 7 %% 11],
+	timestamptz '2025-01-01 08:00:00Z' + i %% 300000 * interval '2 minutes'
+FROM words, generate_series(1, %d::bigint) AS i
 WHERE NOT EXISTS (SELECT FROM properties)
 ORDER BY i`

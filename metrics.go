@@ -66,7 +66,7 @@ func (c *cache) metricsView(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return &problem{Status: http.StatusServiceUnavailable, Detail: "Redis does not answer."}
 	}
-	writeJSON(w, http.StatusOK, m)
+	writeJSON(w, http.StatusOK, "application/json", m)
 	return nil
 }
 
@@ -77,28 +77,28 @@ func (c *cache) prometheusView(w http.ResponseWriter, r *http.Request) error {
 		return &problem{Status: http.StatusServiceUnavailable, Detail: "Redis does not answer."}
 	}
 	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-	metric := func(name, kind, help string) { fmt.Fprintf(w, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind) }
-
-	metric("redis_keyspace_hits_total", "counter", "Look-ups of existing keys, by all clients of this Redis.")
-	fmt.Fprintf(w, "redis_keyspace_hits_total %d\n", m.KeyspaceHits)
-	metric("redis_keyspace_misses_total", "counter", "Look-ups of missing keys, by all clients of this Redis.")
-	fmt.Fprintf(w, "redis_keyspace_misses_total %d\n", m.KeyspaceMisses)
-	metric("redis_keyspace_hit_ratio", "gauge", "Hits per look-up since Redis started, 0 to 1.")
-	fmt.Fprintf(w, "redis_keyspace_hit_ratio %g\n", m.HitRatio)
-
-	levels := []struct {
-		name string
-		levelMetrics
-	}{{"page", m.Levels.Page}, {"all_properties", m.Levels.AllProperties}}
-	metric("cache_requests_total", "counter", "Requests that a cache level of this process answered.")
-	for _, l := range levels {
-		fmt.Fprintf(w, "cache_requests_total{level=%q,result=\"hit\"} %d\n", l.name, l.Hits)
-		fmt.Fprintf(w, "cache_requests_total{level=%q,result=\"miss\"} %d\n", l.name, l.Misses)
-		fmt.Fprintf(w, "cache_requests_total{level=%q,result=\"bypass\"} %d\n", l.name, l.Bypassed)
-	}
-	metric("cache_coalesced_requests_total", "counter", "Those of them that shared another request's look-up.")
-	for _, l := range levels {
-		fmt.Fprintf(w, "cache_coalesced_requests_total{level=%q} %d\n", l.name, l.Coalesced)
-	}
+	fmt.Fprintf(w, `# HELP redis_keyspace_hits_total Look-ups of existing keys, by all clients of this Redis.
+# TYPE redis_keyspace_hits_total counter
+redis_keyspace_hits_total %d
+# HELP redis_keyspace_misses_total Look-ups of missing keys, by all clients of this Redis.
+# TYPE redis_keyspace_misses_total counter
+redis_keyspace_misses_total %d
+# HELP redis_keyspace_hit_ratio Hits per look-up since Redis started, 0 to 1.
+# TYPE redis_keyspace_hit_ratio gauge
+redis_keyspace_hit_ratio %g
+# HELP cache_requests_total Requests answered by a cache level of this process.
+# TYPE cache_requests_total counter
+`, m.KeyspaceHits, m.KeyspaceMisses, m.HitRatio)
+	page, list := m.Levels.Page, m.Levels.AllProperties
+	const requests = "cache_requests_total{level=%q,result=\"hit\"} %d\n" +
+		"cache_requests_total{level=%[1]q,result=\"miss\"} %[3]d\n" +
+		"cache_requests_total{level=%[1]q,result=\"bypass\"} %[4]d\n"
+	fmt.Fprintf(w, requests, "page", page.Hits, page.Misses, page.Bypassed)
+	fmt.Fprintf(w, requests, "all_properties", list.Hits, list.Misses, list.Bypassed)
+	fmt.Fprintf(w, `# HELP cache_coalesced_requests_total Those of them that shared another request's look-up.
+# TYPE cache_coalesced_requests_total counter
+cache_coalesced_requests_total{level="page"} %d
+cache_coalesced_requests_total{level="all_properties"} %d
+`, page.Coalesced, list.Coalesced)
 	return nil
 }

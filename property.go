@@ -16,6 +16,7 @@ import (
 	"log/slog"
 	"mime"
 	"net/http"
+	"runtime/debug"
 	"strconv"
 	"strings"
 	"time"
@@ -76,10 +77,13 @@ type properties struct {
 
 const columns = `id, title, description, price, location, created_at`
 
-// scan reads one row of columns.
+// scan reads one row of columns; errNotFound if there is none.
 func scan(row interface{ Scan(...any) error }) (property, error) {
 	var p property
 	err := row.Scan(&p.ID, &p.Title, &p.Description, &p.Price, &p.Location, &p.CreatedAt)
+	if errors.Is(err, sql.ErrNoRows) {
+		return p, errNotFound
+	}
 	p.CreatedAt = p.CreatedAt.UTC() // the driver gives local time
 	return p, err
 }
@@ -88,27 +92,25 @@ func scan(row interface{ Scan(...any) error }) (property, error) {
 func (s *properties) all(ctx context.Context) ([]property, error) {
 	rows, err := s.db.QueryContext(ctx, `SELECT `+columns+` FROM properties ORDER BY id`)
 	if err != nil {
-		return nil, unavailable("select properties", err)
+		return nil, fmt.Errorf("select properties: %w", err)
 	}
 	defer rows.Close()
 	list := []property{} // not nil: an empty table is [] in JSON, not null
 	for rows.Next() {
 		p, err := scan(rows)
 		if err != nil {
-			return nil, unavailable("scan property", err)
+			return nil, fmt.Errorf("scan property: %w", err)
 		}
 		list = append(list, p)
 	}
-	if err := rows.Err(); err != nil {
-		return nil, unavailable("select properties", err)
-	}
-	return list, nil
+	return list, rows.Err()
 }
 
 // get reads one property; errNotFound if there is none.
 func (s *properties) get(ctx context.Context, id int64) (property, error) {
-	row := s.db.QueryRowContext(ctx, `SELECT `+columns+` FROM properties WHERE id = $1`, id)
-	return found(scan(row))
+	ctx, cancel := context.WithTimeout(ctx, answerWithin)
+	defer cancel()
+	return scan(s.db.QueryRowContext(ctx, `SELECT `+columns+` FROM properties WHERE id = $1`, id))
 }
 
 // create inserts p and returns it as the database keeps it, with id and created_at.
@@ -142,47 +144,37 @@ func (s *properties) delete(ctx context.Context, id int64) error {
 
 // write runs one statement that returns the row that it wrote, and commits.
 //
-// The transaction is there for the deadline: a statement that hangs past it can't take effect after the
-// client was told so, because its COMMIT is never sent. Only a COMMIT whose answer is lost leaves a doubt,
-// and then the caches must go all the same.
+// The client's leaving doesn't stop it: one that hangs up between the commit and the signal must not leave
+// the caches stale. The transaction is there for the deadline: a statement that hangs past it can't take
+// effect after the client was told so, because its COMMIT is never sent. Only a COMMIT whose answer is lost
+// leaves a doubt, and then the caches must go all the same.
 func (s *properties) write(ctx context.Context, statement string, args ...any) (property, error) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), answerWithin)
+	defer cancel()
 	tx, err := s.db.BeginTx(ctx, nil)
 	if err != nil {
-		return property{}, unavailable("begin", err)
+		return property{}, fmt.Errorf("begin: %w", err)
 	}
 	defer tx.Rollback() // after Commit it does nothing
-	p, err := found(scan(tx.QueryRowContext(ctx, statement, args...)))
+	p, err := scan(tx.QueryRowContext(ctx, statement, args...))
 	if err != nil {
 		return property{}, err
 	}
 	if err := tx.Commit(); err != nil {
 		s.postUnknown(ctx, err)
-		return property{}, fmt.Errorf("%w: commit: %w", errUnknown, err)
-	}
-	return p, nil
-}
-
-// found turns the absence of a row into errNotFound, and any other error into errUnavailable.
-func found(p property, err error) (property, error) {
-	if errors.Is(err, sql.ErrNoRows) {
-		return property{}, errNotFound
-	}
-	if err != nil {
-		return property{}, unavailable("one property", err)
+		return property{}, fmt.Errorf("%w: %w", errUnknown, err)
 	}
 	return p, nil
 }
 
 var (
-	errNotFound    = errors.New("no such property")
-	errUnavailable = errors.New("PostgreSQL unavailable")
-	errUnknown     = errors.New("PostgreSQL may or may not have committed")
+	errNotFound = errors.New("no such property")
+	errUnknown  = errors.New("commit: outcome unknown")
+	errPanic    = errors.New("panic")
 )
 
-// unavailable marks err as PostgreSQL's: the client may try again.
-func unavailable(operation string, err error) error {
-	return fmt.Errorf("%w: %s: %w", errUnavailable, operation, err)
-}
+// panicked is the error that a recovered panic becomes, with its stack for the log.
+func panicked(p any) error { return fmt.Errorf("%w: %v\n%s", errPanic, p, debug.Stack()) }
 
 // A view answers a request, or returns the error to answer with. Django: a view raises Http404 and the like.
 type view func(http.ResponseWriter, *http.Request) error
@@ -210,13 +202,11 @@ func (s *properties) createView(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	ctx, cancel := writeContext(r)
-	defer cancel()
-	if p, err = s.create(ctx, p); err != nil {
+	if p, err = s.create(r.Context(), p); err != nil {
 		return err
 	}
 	w.Header().Set("Location", fmt.Sprintf("%s%d/", propertiesPath, p.ID))
-	writeJSON(w, http.StatusCreated, p)
+	writeJSON(w, http.StatusCreated, "application/json", p)
 	return nil
 }
 
@@ -227,13 +217,11 @@ func (s *properties) detailView(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(r.Context(), answerWithin)
-	defer cancel()
-	p, err := s.get(ctx, id)
+	p, err := s.get(r.Context(), id)
 	if err != nil {
 		return err
 	}
-	writeJSON(w, http.StatusOK, p)
+	writeJSON(w, http.StatusOK, "application/json", p)
 	return nil
 }
 
@@ -248,12 +236,10 @@ func (s *properties) replaceView(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	p.ID = id
-	ctx, cancel := writeContext(r)
-	defer cancel()
-	if p, err = s.replace(ctx, p); err != nil {
+	if p, err = s.replace(r.Context(), p); err != nil {
 		return err
 	}
-	writeJSON(w, http.StatusOK, p)
+	writeJSON(w, http.StatusOK, "application/json", p)
 	return nil
 }
 
@@ -263,19 +249,11 @@ func (s *properties) deleteView(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	ctx, cancel := writeContext(r)
-	defer cancel()
-	if err := s.delete(ctx, id); err != nil {
+	if err := s.delete(r.Context(), id); err != nil {
 		return err
 	}
 	w.WriteHeader(http.StatusNoContent)
 	return nil
-}
-
-// writeContext outlives the client: one that hangs up between the commit and the signal must not leave the
-// caches stale.
-func writeContext(r *http.Request) (context.Context, context.CancelFunc) {
-	return context.WithTimeout(context.WithoutCancel(r.Context()), answerWithin)
 }
 
 // pathID reads {id} as PostgreSQL would print it. "01" and "+1" name no property, so each has one URL.
@@ -456,21 +434,22 @@ func badRequest(detail string, fields map[string]string) *problem {
 }
 
 // writeError is the only place where an error becomes a status. The client learns what it did wrong; the
-// log learns what we did.
+// log learns what we did. What isn't told apart here is PostgreSQL's: the views have no other source of
+// errors.
 func writeError(w http.ResponseWriter, r *http.Request, err error) {
 	var p *problem
 	switch {
 	case errors.As(err, &p):
-	case errors.Is(err, errNotFound):
-		p = &problem{Status: http.StatusNotFound, Detail: "There is no such property."}
 	case errors.Is(err, context.Canceled):
 		return // the client has left: nobody to answer
+	case errors.Is(err, errNotFound):
+		p = &problem{Status: http.StatusNotFound, Detail: "There is no such property."}
+	case errors.Is(err, errPanic):
+		p = &problem{Status: http.StatusInternalServerError, Detail: "Something is wrong on our side."}
 	case errors.Is(err, errUnknown):
 		p = &problem{Status: http.StatusServiceUnavailable, Detail: "The database did not confirm the write: it may have been applied. Look before you repeat it."}
-	case errors.Is(err, errUnavailable), errors.Is(err, context.DeadlineExceeded):
-		p = &problem{Status: http.StatusServiceUnavailable, Detail: "The database does not answer. Nothing was changed; try again."}
 	default:
-		p = &problem{Status: http.StatusInternalServerError, Detail: "Something is wrong on our side."}
+		p = &problem{Status: http.StatusServiceUnavailable, Detail: "The database does not answer. Nothing was changed; try again."}
 	}
 	if p.Status >= 500 {
 		slog.Error("request failed", "method", r.Method, "path", r.URL.Path, "status", p.Status, "err", err)
@@ -479,17 +458,12 @@ func writeError(w http.ResponseWriter, r *http.Request, err error) {
 		w.Header().Set("Retry-After", "1") // second
 	}
 	p.Type, p.Title = "about:blank", http.StatusText(p.Status)
-	w.Header().Set("Content-Type", "application/problem+json")
-	writeBody(w, p.Status, encode(p))
+	writeJSON(w, p.Status, "application/problem+json", p)
 }
 
-// writeJSON answers with v.
-func writeJSON(w http.ResponseWriter, status int, v any) {
-	w.Header().Set("Content-Type", "application/json")
-	writeBody(w, status, encode(v))
-}
-
-func writeBody(w http.ResponseWriter, status int, body []byte) {
+func writeJSON(w http.ResponseWriter, status int, contentType string, v any) {
+	body := encode(v)
+	w.Header().Set("Content-Type", contentType)
 	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
 	w.WriteHeader(status)
 	w.Write(body) // fails only if the client has left

@@ -4,9 +4,7 @@ package main
 
 import (
 	"context"
-	"fmt"
 	"log/slog"
-	"runtime/debug"
 	"sync"
 )
 
@@ -50,7 +48,7 @@ func (s *signal[T]) send(ctx context.Context, event T) {
 func (r receiver[T]) call(ctx context.Context, event T) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
-			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
+			err = panicked(p)
 		}
 	}()
 	return r.hear(ctx, event)
