@@ -25,6 +25,7 @@ import (
 	"maps"
 	"net/http"
 	"net/url"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -73,9 +74,9 @@ type cache struct {
 	failures, healed atomic.Int64
 	healing          atomic.Bool // heal has reached Redis
 
-	lists level[[]byte]
-	pages level[*page]
-	held  sync.Map // page key → the *page last seen there, see findPage
+	lists  level[[]byte]
+	pages  level[*page]
+	inHand sync.Map // page key → the *page last seen there, see findPage
 }
 
 // newCache is a cache that isn't trusted yet: call heal, or run.
@@ -249,9 +250,8 @@ const (
 	bypassed outcome = "bypassed" // Redis was not trusted, or failed
 )
 
-// getOrSet answers with the value at key, or else with what load returns, which it stores for ttl. It waits
-// no longer than ctx. What load returns with an error is passed on with it, and not stored. Django:
-// cache.get_or_set.
+// getOrSet answers with the value at key, or else with what load returns, which it stores for ttl. What load
+// returns with an error is passed on with it, and not stored. Django: cache.get_or_set.
 func (l *level[T]) getOrSet(ctx context.Context, key string, ttl time.Duration, load func(context.Context) (T, error)) (answer[T], error) {
 	a, shared, err := l.loads.do(ctx, key, func(ctx context.Context) (answer[T], error) {
 		return l.lookUp(ctx, key, ttl, load)
@@ -316,15 +316,15 @@ func (l *level[T]) lookUp(ctx context.Context, key string, ttl time.Duration, lo
 
 // A coalescer runs at most one load for each key at a time. The zero value works.
 //
-// Rule 2: whoever asks while a load runs shares the next one, which begins after they asked. To share the
-// running one, as single-flight does, would break the promise to writers:
+// Rule 2: a load is open to whoever asks until it begins; who asks while it runs shares the next one. To
+// share the running one, as single-flight does, would break the promise to writers:
 //
 //  1. reader A's load reads the old rows
 //  2. a writer commits, invalidates, and has its answer
 //  3. reader B asks, joins A's load, and gets the old rows
 type coalescer[T any] struct {
-	mu   sync.Mutex
-	next map[string]*load[T] // a key is in it while a load runs; nil while nobody waits for the one after
+	mu   sync.Mutex          // guards open
+	open map[string]*load[T] // the load that one may join; nil while one runs and nobody waits for the next
 }
 
 // A load is one call of run, and what it returned.
@@ -335,36 +335,42 @@ type load[T any] struct {
 	err   error
 }
 
-// do returns what run returns, or what the run of another caller returns that begins after this call. It
-// stops waiting when ctx is done; the load goes on, for it isn't this caller's alone.
+// do returns what a load of key returns that begins after this call: run, or the run of another caller. It
+// stops waiting when ctx is done, or after answerWithin; the load goes on, for it isn't this caller's alone.
 func (c *coalescer[T]) do(ctx context.Context, key string, run func(context.Context) (T, error)) (value T, shared bool, err error) {
 	c.mu.Lock()
-	l, running := c.next[key]
+	l, busy := c.open[key]
 	shared = l != nil
 	if !shared {
 		l = &load[T]{run: run, done: make(chan struct{})}
-		if c.next == nil {
-			c.next = map[string]*load[T]{}
+		if c.open == nil {
+			c.open = map[string]*load[T]{}
 		}
-		if running {
-			c.next[key] = l
-		} else {
-			c.next[key] = nil
-			go c.start(key, l)
-		}
+		c.open[key] = l
+	}
+	if !busy {
+		go c.start(key, l)
 	}
 	c.mu.Unlock()
+	tooLate := time.NewTimer(answerWithin)
+	defer tooLate.Stop()
 	select {
 	case <-l.done:
 		return l.value, shared, l.err
 	case <-ctx.Done():
 		return value, shared, ctx.Err()
+	case <-tooLate.C:
+		return value, shared, context.DeadlineExceeded
 	}
 }
 
-// start runs l under a deadline of its own, wakes who waits for it, and starts the load after it. A panic
-// becomes l's error.
+// start closes l to newcomers, runs it under a deadline of its own, wakes who waits for it, and starts the
+// load after it. A panic becomes l's error.
 func (c *coalescer[T]) start(key string, l *load[T]) {
+	runtime.Gosched() // let those join who are about to: under load it halves the look-ups
+	c.mu.Lock()
+	c.open[key] = nil
+	c.mu.Unlock()
 	ctx, cancel := context.WithTimeout(context.Background(), answerWithin)
 	defer cancel()
 	defer func() {
@@ -374,11 +380,10 @@ func (c *coalescer[T]) start(key string, l *load[T]) {
 		close(l.done)
 		c.mu.Lock()
 		defer c.mu.Unlock()
-		if next := c.next[key]; next != nil {
-			c.next[key] = nil
+		if next := c.open[key]; next != nil {
 			go c.start(key, next)
 		} else {
-			delete(c.next, key)
+			delete(c.open, key)
 		}
 	}()
 	l.value, l.err = l.run(ctx)
@@ -416,10 +421,9 @@ func storeList(conn redis.Conn, key string, list []byte, ttl time.Duration) int 
 // A page is a view's answer. It is the http.ResponseWriter that the view writes to, too.
 type page struct {
 	status int
-	header http.Header
+	header http.Header // of a cacheable page with its ETag, which names the body
 	body   []byte
-	etag   string    // names header and body; strong
-	stored time.Time // when Redis got it, whole seconds; see findPage
+	stored time.Time // when Redis got it, in whole seconds
 }
 
 func (p *page) Header() http.Header { return p.header }
@@ -447,10 +451,8 @@ var errUncacheable = errors.New("not a cacheable page")
 // headers Vary names.) Only gzip is chosen by a header, and by us.
 func (c *cache) cachePage(ttl time.Duration, view http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		ctx, cancel := context.WithTimeout(r.Context(), answerWithin)
-		defer cancel()
 		path, gzipped := r.URL.Path, acceptsGzip(r.Header)
-		a, err := c.pages.getOrSet(ctx, pageKey(path, gzipped), ttl, func(ctx context.Context) (*page, error) {
+		a, err := c.pages.getOrSet(r.Context(), pageKey(path, gzipped), ttl, func(ctx context.Context) (*page, error) {
 			return render(ctx, view, path, gzipped)
 		})
 		if err != nil && !errors.Is(err, errUncacheable) {
@@ -474,7 +476,12 @@ func render(ctx context.Context, view http.Handler, path string, gzipped bool) (
 		p.header.Set("Content-Encoding", "gzip")
 		p.body = compress(p.body)
 	}
-	p.etag = etag(encode(p.header), p.body)
+	p.header.Set("Content-Length", strconv.Itoa(len(p.body)))
+	p.header.Set("ETag", etag(p.body))
+	p.header.Set("Vary", "Accept-Encoding")
+	// A browser may keep its copy but must ask before it uses it. (Django sends max-age=900, and nothing
+	// that a server does can call such a copy back.)
+	p.header.Set("Cache-Control", "no-cache")
 	p.stored = time.Now()
 	return p, nil
 }
@@ -488,22 +495,20 @@ func compress(b []byte) []byte {
 }
 
 // etag is a strong validator (RFC 9110 §8.8.3): other bytes, other tag.
-func etag(header, body []byte) string {
-	h := sha256.New()
-	h.Write(header)
-	h.Write(body)
-	return `"` + base64.RawURLEncoding.EncodeToString(h.Sum(nil)[:16]) + `"`
+func etag(body []byte) string {
+	sum := sha256.Sum256(body)
+	return `"` + base64.RawURLEncoding.EncodeToString(sum[:16]) + `"`
 }
 
 // storePage keeps a page as a hash.
 func (c *cache) storePage(conn redis.Conn, key string, p *page, ttl time.Duration) int {
-	conn.Send("HSET", key, "etag", p.etag, "stored", p.stored.Unix(), "header", encode(p.header), "body", p.body)
+	conn.Send("HSET", key, "etag", p.header.Get("ETag"), "stored", p.stored.Unix(), "header", encode(p.header), "body", p.body)
 	conn.Send("EXPIRE", key, int(ttl.Seconds()))
-	c.held.Store(key, p)
+	c.inHand.Store(key, p)
 	return len(p.body)
 }
 
-// findPage asks Redis for the ETag, and for the body only if it has another one than the page in hand: as
+// findPage asks Redis for the ETag, and for the page only if it has another one than the page in hand: as
 // If-None-Match does for a browser. What is fresh is still for Redis to say; 2.8 MB just needn't travel for
 // it.
 func (c *cache) findPage(conn redis.Conn, key string) (*page, bool, error) {
@@ -512,18 +517,18 @@ func (c *cache) findPage(conn redis.Conn, key string) (*page, bool, error) {
 		return nil, false, err
 	}
 	p := page{status: http.StatusOK}
-	if held, ok := c.held.Load(key); ok && held.(*page).etag == string(fields[0]) {
+	if held, ok := c.inHand.Load(key); ok && held.(*page).header.Get("ETag") == string(fields[0]) {
 		p = *held.(*page)
 	} else {
 		fields, err = redis.ByteSlices(conn.Do("HMGET", key, "etag", "stored", "header", "body"))
 		if err != nil || fields[0] == nil {
 			return nil, false, err
 		}
-		p.etag, p.body = etag(fields[2], fields[3]), fields[3]
-		if err := json.Unmarshal(fields[2], &p.header); err != nil || p.etag != string(fields[0]) {
+		p.body = fields[3]
+		if err := json.Unmarshal(fields[2], &p.header); err != nil || etag(p.body) != p.header.Get("ETag") {
 			return nil, false, fmt.Errorf("%s does not hold a page", key)
 		}
-		c.held.Store(key, &p)
+		c.inHand.Store(key, &p)
 	}
 	seconds, err := strconv.ParseInt(string(fields[1]), 10, 64)
 	if err != nil {
@@ -544,29 +549,19 @@ func serve(w http.ResponseWriter, r *http.Request, a answer[*page], ttl time.Dur
 	case a.outcome == hit:
 		age := max(0, time.Since(p.stored))
 		h.Set("Age", strconv.Itoa(int(age.Seconds())))
-		status = fmt.Sprintf("redis; hit; ttl=%d", int(max(0, ttl-age).Seconds()))
+		status = "redis; hit; ttl=" + strconv.Itoa(int(max(0, ttl-age).Seconds()))
 	case a.stored:
 		status += "; stored"
 	}
 	h.Set("Cache-Status", status)
-	h.Set("Content-Length", strconv.Itoa(len(p.body)))
-	if p.etag == "" {
-		w.WriteHeader(p.status)
-		w.Write(p.body)
-		return
-	}
-	h.Set("ETag", p.etag)
-	h.Set("Vary", "Accept-Encoding")
-	// A browser may keep its copy but must ask before it uses it. (Django sends max-age=900, and nothing
-	// that a server does can call such a copy back.)
-	h.Set("Cache-Control", "no-cache")
-	if tags := r.Header.Values("If-None-Match"); len(tags) > 0 {
+	if tags := r.Header["If-None-Match"]; len(tags) > 0 && p.header.Get("ETag") != "" {
 		// ServeContent knows lists, weak tags and *. It gets to see no Range and no If-Match, which it
 		// would answer too. Without a condition Write is faster: ServeContent copies in small pieces.
 		conditional := &http.Request{Method: r.Method, Header: http.Header{"If-None-Match": {strings.Join(tags, ",")}}}
 		http.ServeContent(w, conditional, "", time.Time{}, bytes.NewReader(p.body))
 		return
 	}
+	w.WriteHeader(p.status)
 	w.Write(p.body)
 }
 
@@ -574,20 +569,17 @@ func serve(w http.ResponseWriter, r *http.Request, a answer[*page], ttl time.Dur
 // §12.5.3).
 func acceptsGzip(h http.Header) bool {
 	quality := map[string]float64{} // of each coding named
-	for coding := range strings.SplitSeq(strings.Join(h.Values("Accept-Encoding"), ","), ",") {
-		name, parameter, _ := strings.Cut(coding, ";")
-		q, weighted := strings.CutPrefix(strings.ToLower(strings.TrimSpace(parameter)), "q=")
-		value, err := strconv.ParseFloat(q, 64)
-		if !weighted {
-			value = 1
-		} else if err != nil {
-			value = 0
+	for coding := range strings.SplitSeq(strings.Join(h["Accept-Encoding"], ","), ",") {
+		name, weight, weighted := strings.Cut(strings.ToLower(coding), ";")
+		q := 1.0
+		if weighted {
+			q, _ = strconv.ParseFloat(strings.TrimPrefix(strings.TrimSpace(weight), "q="), 64) // 0 if it is none
 		}
-		quality[strings.ToLower(strings.TrimSpace(name))] = value
+		quality[strings.TrimSpace(name)] = q
 	}
-	gzip, named := quality["gzip"]
+	q, named := quality["gzip"]
 	if !named {
-		gzip = quality["*"]
+		q = quality["*"]
 	}
-	return gzip > 0 && gzip >= quality["identity"]
+	return q > 0 && q >= quality["identity"]
 }

@@ -188,7 +188,7 @@ func TestLateJoinerGetsTheNextLoad(t *testing.T) {
 	eventually(t, "the late reader waits", func() bool {
 		p.cache.pages.loads.mu.Lock()
 		defer p.cache.pages.loads.mu.Unlock()
-		return p.cache.pages.loads.next[pageKey("/properties/", false)] != nil
+		return p.cache.pages.loads.open[pageKey("/properties/", false)] != nil
 	})
 	release <- struct{}{}
 	if e := receive(t, early); string(e.body) != "[]\n" {
@@ -327,8 +327,8 @@ func TestCachePage(t *testing.T) {
 		{"headers", func(w http.ResponseWriter, r *http.Request) { w.Header().Set("X-Kind", "of its own") }, 200, true},
 		{"nothing", func(w http.ResponseWriter, r *http.Request) {}, 200, true},
 		{"a cookie", func(w http.ResponseWriter, r *http.Request) { w.Header().Set("Set-Cookie", "a=b") }, 200, false},
-		{"an error", func(w http.ResponseWriter, r *http.Request) { http.Error(w, "no", 503) }, 503, false},
-		{"a redirect", func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/", 302) }, 302, false},
+		{"an error", func(w http.ResponseWriter, r *http.Request) { http.Error(w, "no", http.StatusServiceUnavailable) }, 503, false},
+		{"a redirect", func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/", http.StatusFound) }, 302, false},
 		{"a part", func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(206) }, 206, false},
 		{"a panic", func(w http.ResponseWriter, r *http.Request) { panic("in a view") }, 500, false},
 	}
@@ -650,8 +650,8 @@ func TestCoalescer(t *testing.T) {
 			}
 		}
 		synctest.Wait()
-		if n := loads.Load(); n != 2 || len(c.next) != 0 {
-			t.Errorf("%d loads, want 2; %d keys left, want 0", n, len(c.next))
+		if n := loads.Load(); n != 2 || len(c.open) != 0 {
+			t.Errorf("%d loads, want 2; %d keys left, want 0", n, len(c.open))
 		}
 	})
 }

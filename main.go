@@ -109,8 +109,6 @@ func (s *settings) readEnvironment(getenv func(string) string) (err error) {
 func (s *settings) serve(ctx context.Context) error {
 	db := stdlib.OpenDB(*s.database)
 	defer db.Close()
-	db.SetMaxOpenConns(16)
-	db.SetMaxIdleConns(16)
 	if err := prepare(ctx, db, s.seed); err != nil {
 		return err
 	}
@@ -130,6 +128,8 @@ func (s *settings) serve(ctx context.Context) error {
 
 // prepare waits up to 10 s for PostgreSQL, applies the schema, and seeds an empty table.
 func prepare(ctx context.Context, db *sql.DB, seed uint) error {
+	db.SetMaxOpenConns(16) // of PostgreSQL's 100, so that several instances have room
+	db.SetMaxIdleConns(16)
 	waiting, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	for err := db.PingContext(waiting); err != nil; err = db.PingContext(waiting) {
