@@ -5,7 +5,7 @@
 //
 // A cache that serves what is no longer so has lied. Three rules prevent that:
 //
-//  1. A fill loses to a write: see fill.
+//  1. A fill loses to a write: see lookUp.
 //  2. Nobody gets an answer whose reading began before they asked: see coalescer.
 //  3. Redis is trusted only after an invalidation has succeeded since its last error: see cache.
 
@@ -94,7 +94,8 @@ func newCache(url string, query func(context.Context) ([]property, error)) *cach
 // A pool dials anew without telling, and a Redis that restarted may have loaded an old snapshot: such a
 // connection is refused, so that it counts as an error like any other. TestOnBorrow would hide the error.
 func (c *cache) newPool() *redis.Pool {
-	var met sync.Map // "run_id" → the process that we talk to
+	var meet sync.Once
+	var met string // the run_id of the process that this pool talks to
 	dial := func() (redis.Conn, error) {
 		conn, err := redis.DialURL(c.url, redis.DialConnectTimeout(redisTimeout), redis.DialReadTimeout(redisTimeout),
 			redis.DialWriteTimeout(redisTimeout), redis.DialTLSHandshakeTimeout(redisTimeout))
@@ -102,10 +103,10 @@ func (c *cache) newPool() *redis.Pool {
 			return nil, err
 		}
 		info, err := redis.String(conn.Do("INFO", "server"))
-		if id := infoField(info, "run_id"); err == nil {
-			if first, _ := met.LoadOrStore("run_id", id); first != id {
-				err = errors.New("redis has restarted")
-			}
+		id := infoField(info, "run_id")
+		meet.Do(func() { met = id })
+		if err == nil && id != met {
+			err = errors.New("redis has restarted")
 		}
 		if err != nil {
 			conn.Close()
@@ -230,9 +231,8 @@ type level[T any] struct {
 	store func(conn redis.Conn, key string, value T, ttl time.Duration) (bytes int) // Sends, after MULTI
 	loads coalescer[answer[T]]
 
-	// Requests answered: each is counted as one of the first three, and as coalesced besides if it shared
-	// the look-up that another request had asked for.
-	hits, misses, bypasses, coalesced atomic.Int64
+	requests  [outcomes]atomic.Int64 // by how they were answered
+	coalesced atomic.Int64           // those of them that shared a look-up which another one had asked for
 }
 
 // An answer is what a level has for a key, and how it came by it.
@@ -242,12 +242,14 @@ type answer[T any] struct {
 	stored  bool // by this look-up
 }
 
-type outcome string
+type outcome int
 
 const (
-	hit      outcome = "hit"      // Redis had it
-	miss     outcome = "miss"     // Redis was asked and did not have it
-	bypassed outcome = "bypassed" // Redis was not trusted, or failed
+	unanswered outcome = iota // the client left, or the load took too long
+	hit                       // Redis had it
+	miss                      // Redis was asked and did not have it
+	bypassed                  // Redis was not trusted, or failed
+	outcomes
 )
 
 // getOrSet answers with the value at key, or else with what load returns, which it stores for ttl. What load
@@ -256,15 +258,8 @@ func (l *level[T]) getOrSet(ctx context.Context, key string, ttl time.Duration, 
 	a, shared, err := l.loads.do(ctx, key, func(ctx context.Context) (answer[T], error) {
 		return l.lookUp(ctx, key, ttl, load)
 	})
-	switch a.outcome {
-	case hit:
-		l.hits.Add(1)
-	case miss:
-		l.misses.Add(1)
-	case bypassed:
-		l.bypasses.Add(1)
-	}
-	if shared {
+	l.requests[a.outcome].Add(1)
+	if shared && a.outcome != unanswered {
 		l.coalesced.Add(1)
 	}
 	return a, err

@@ -160,7 +160,7 @@ func (c *checker) stop(t *testing.T) {
 func (c *checker) recover(t *testing.T) {
 	t.Helper()
 	for _, p := range c.programs {
-		hits := func() int64 { return p.cache.pages.hits.Load() }
+		hits := func() int64 { return p.cache.pages.requests[hit].Load() }
 		eventually(t, "the cache is trusted", p.cache.trusted)
 		before := hits()
 		eventually(t, "hits are back", func() bool { return hits() > before })

@@ -5,6 +5,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"crypto/subtle"
@@ -79,22 +80,16 @@ func run(args []string, getenv func(string) string) int {
 
 // readEnvironment checks each setting. Its errors never quote one, for there may be a password in it.
 func (s *settings) readEnvironment(getenv func(string) string) (err error) {
-	get := func(name, preset string) string {
-		if value := getenv(name); value != "" {
-			return value
-		}
-		return preset
-	}
-	s.database, err = pgx.ParseConfig(get("DATABASE_URL", "postgres://postgres:postgres@localhost:5432/properties?sslmode=disable"))
+	s.database, err = pgx.ParseConfig(cmp.Or(getenv("DATABASE_URL"), "postgres://postgres:postgres@localhost:5432/properties?sslmode=disable"))
 	if err != nil {
 		return errors.New("DATABASE_URL is not a PostgreSQL URL: want postgres://user:password@host:5432/database")
 	}
-	s.redisURL = get("REDIS_URL", "redis://localhost:6379/0")
+	s.redisURL = cmp.Or(getenv("REDIS_URL"), "redis://localhost:6379/0")
 	u, err := url.Parse(s.redisURL)
-	if err != nil || u.Scheme != "redis" && u.Scheme != "rediss" || u.Host == "" || strings.Trim(u.Path, "0123456789") != strings.Repeat("/", min(1, len(u.Path))) {
+	if err != nil || u.Scheme != "redis" && u.Scheme != "rediss" || u.Host == "" || u.Path != "" && u.Path != "/" && !digits(u.Path[1:]) {
 		return errors.New("REDIS_URL is not a Redis URL: want redis://:password@host:6379/0, or rediss:// for TLS")
 	}
-	s.writeToken = get("WRITE_TOKEN", "")
+	s.writeToken = getenv("WRITE_TOKEN")
 	if strings.ContainsFunc(s.writeToken, func(r rune) bool { return r <= ' ' || r > '~' }) {
 		return errors.New("WRITE_TOKEN has a character that no header can carry: want visible ASCII without blanks")
 	}

@@ -34,7 +34,7 @@ type levelMetrics struct {
 }
 
 func (l *level[T]) metrics() levelMetrics {
-	return levelMetrics{l.hits.Load(), l.misses.Load(), l.coalesced.Load(), l.bypasses.Load()}
+	return levelMetrics{l.requests[hit].Load(), l.requests[miss].Load(), l.coalesced.Load(), l.requests[bypassed].Load()}
 }
 
 // getRedisCacheMetrics asks Redis for its counts, logs them and returns them with ours.
