@@ -43,8 +43,9 @@ const (
 	// as a change to it, and at most a fill is lost.
 	fenceKey = "properties:fence"
 
-	// redisTimeout bounds each connect, read and write. Redis answers in well under a millisecond; a hung
-	// one holds up the requests in flight this long, once.
+	// redisTimeout bounds each connect, read and write. Redis answers in well under a millisecond, and a
+	// hung one holds up the requests in flight this long, once. Much less would take a busy processor for
+	// a hung Redis: 500 clients kept up on 2 cores cost no trust with this.
 	redisTimeout = 250 * time.Millisecond
 
 	healEvery = 250 * time.Millisecond
@@ -76,7 +77,7 @@ type cache struct {
 
 	lists  level[[]byte]
 	pages  level[*page]
-	inHand sync.Map // page key → the *page last seen there, see findPage
+	inHand sync.Map // page key → the *page last seen there, used only if Redis has its ETag
 }
 
 // newCache is a cache that isn't trusted yet: call heal, or run.
@@ -504,8 +505,8 @@ func (c *cache) storePage(conn redis.Conn, key string, p *page, ttl time.Duratio
 }
 
 // findPage asks Redis for the ETag, and for the page only if it has another one than the page in hand: as
-// If-None-Match does for a browser. What is fresh is still for Redis to say; 2.8 MB just needn't travel for
-// it.
+// If-None-Match does for a browser. What is fresh is still for Redis to say; the body (2.8 MB for 10,000
+// listings) just needn't travel for it.
 func (c *cache) findPage(conn redis.Conn, key string) (*page, bool, error) {
 	fields, err := redis.ByteSlices(conn.Do("HMGET", key, "etag", "stored"))
 	if err != nil || fields[0] == nil {

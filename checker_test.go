@@ -129,7 +129,7 @@ func (c *checker) wait(n int) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	reads, writes := c.reads+n, c.writes+len(c.answered)
-	for (c.reads < reads || c.writes < writes) && len(c.failed) == 0 && c.stale == 0 {
+	for (c.reads < reads || c.writes < writes) && len(c.failed) == 0 && c.stale < 100 {
 		c.progress.Wait()
 	}
 }
