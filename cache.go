@@ -48,7 +48,7 @@ const (
 	// a hung Redis: 500 clients kept up on 2 cores cost no trust with this.
 	redisTimeout = 250 * time.Millisecond
 
-	healEvery = 250 * time.Millisecond
+	healEvery = 250 * time.Millisecond // so long may hits stay away after Redis is back
 )
 
 // pageKey is where the answer to GET path is stored, and its gzip form beside it.
@@ -115,7 +115,7 @@ func (c *cache) newPool() *redis.Pool {
 		}
 		return conn, nil
 	}
-	return &redis.Pool{Dial: dial, MaxIdle: 16}
+	return &redis.Pool{Dial: dial, MaxIdle: 16} // as many as PostgreSQL's: a writer each
 }
 
 // infoField finds a field in a reply to INFO; "" if it isn't there.
@@ -145,7 +145,8 @@ func (c *cache) do(f func(redis.Conn) error) error {
 	return err
 }
 
-// release gives a connection back to the pool, which takes a round trip if it still watches the fence.
+// release gives a connection back to the pool, which takes a round trip if it still watches the fence. A
+// second release does nothing.
 func (c *cache) release(conn redis.Conn) {
 	if err := conn.Close(); err != nil {
 		c.fail(err)
@@ -183,7 +184,9 @@ func (c *cache) heal() error {
 		return err
 	}
 	c.healed.Store(failures)
-	slog.Info("cache: trusted")
+	if c.trusted() {
+		slog.Info("cache: trusted")
+	}
 	return nil
 }
 
@@ -195,7 +198,7 @@ func (c *cache) heal() error {
 // themselves then, a steady stream of them would keep the cache from ever being healed.)
 func (c *cache) invalidate() error {
 	if !c.trusted() && !c.healing.Load() {
-		c.failures.Add(1)
+		c.fail(errors.New("a write without an invalidation"))
 		return nil
 	}
 	return c.do(sendInvalidation)
@@ -278,11 +281,12 @@ func (l *level[T]) getOrSet(ctx context.Context, key string, ttl time.Duration, 
 // With it, step 2 changes the fence that the reader has watched since before step 1, and step 3 does
 // nothing. (To watch the key itself would not do: deleting a key that isn't there changes nothing.)
 func (l *level[T]) lookUp(ctx context.Context, key string, ttl time.Duration, load func(context.Context) (T, error)) (answer[T], error) {
+	pool := l.cache.pool.Load() // before trusted: the next pool may meet a restarted Redis before heal has seen to it
 	if !l.cache.trusted() {
 		value, err := load(ctx)
 		return answer[T]{value: value, outcome: bypassed}, err
 	}
-	conn := l.cache.pool.Load().Get()
+	conn := pool.Get()
 	defer l.cache.release(conn)
 	value, found, err := l.find(conn, key)
 	if found {
@@ -293,11 +297,12 @@ func (l *level[T]) lookUp(ctx context.Context, key string, ttl time.Duration, lo
 	}
 	if err != nil {
 		l.cache.fail(err)
+		l.cache.release(conn) // now: load may take longer than heal
 		value, err = load(ctx)
 		return answer[T]{value: value, outcome: bypassed}, err
 	}
 	start := time.Now()
-	if value, err = load(ctx); err != nil {
+	if value, err = load(ctx); err != nil || !l.cache.trusted() {
 		return answer[T]{value: value, outcome: miss}, err
 	}
 	conn.Send("MULTI")
@@ -320,7 +325,7 @@ func (l *level[T]) lookUp(ctx context.Context, key string, ttl time.Duration, lo
 //  3. reader B asks, joins A's load, and gets the old rows
 type coalescer[T any] struct {
 	mu   sync.Mutex          // guards open
-	open map[string]*load[T] // the load that one may join; nil while one runs and nobody waits for the next
+	open map[string]*load[T] // no entry: no load runs. nil: one runs. Else: the next one, which one may join
 }
 
 // A load is one call of run, and what it returned.
@@ -493,7 +498,7 @@ func compress(b []byte) []byte {
 // etag is a strong validator (RFC 9110 §8.8.3): other bytes, other tag.
 func etag(body []byte) string {
 	sum := sha256.Sum256(body)
-	return `"` + base64.RawURLEncoding.EncodeToString(sum[:16]) + `"`
+	return `"` + base64.RawURLEncoding.EncodeToString(sum[:16]) + `"` // 128 bits tell any two bodies apart
 }
 
 // storePage keeps a page as a hash.

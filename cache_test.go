@@ -370,7 +370,7 @@ func TestCachePage(t *testing.T) {
 // serveCached makes the program serve another view under cachePage.
 func (p *program) serveCached(t *testing.T, view http.Handler) {
 	t.Helper()
-	server := newServer(t, recovered(p.cache.cachePage(15*time.Minute, view)))
+	server := newServer(t, p.cache.cachePage(15*time.Minute, view))
 	p.url = server
 }
 
@@ -659,7 +659,7 @@ func TestCoalescer(t *testing.T) {
 	})
 }
 
-// A load has its own deadline, and a panic or Goexit in it wakes its waiters.
+// A load has its own deadline, and a panic in it wakes its waiters.
 func TestCoalescerEndsEveryLoad(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var c coalescer[int]

@@ -1,6 +1,6 @@
 module properties
 
-go 1.25.0
+go 1.26.0
 
 require (
 	github.com/gomodule/redigo v1.9.3

@@ -20,6 +20,7 @@ import (
 	"net/url"
 	"os"
 	ossignal "os/signal"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -51,7 +52,10 @@ func run(args []string, getenv func(string) string) int {
 	s := settings{addr: "127.0.0.1:8000"}
 	flags.Func("addr", "`host:port` to listen on (default "+s.addr+")", func(addr string) error {
 		s.addr = addr
-		_, _, err := net.SplitHostPort(addr)
+		_, port, err := net.SplitHostPort(addr)
+		if err == nil {
+			_, err = strconv.ParseUint(port, 10, 16)
+		}
 		return err
 	})
 	flags.UintVar(&s.seed, "seed", 0, "insert `N` listings if there are none")
@@ -86,7 +90,12 @@ func (s *settings) readEnvironment(getenv func(string) string) (err error) {
 	}
 	s.redisURL = cmp.Or(getenv("REDIS_URL"), "redis://localhost:6379/0")
 	u, err := url.Parse(s.redisURL)
-	if err != nil || u.Scheme != "redis" && u.Scheme != "rediss" || u.Host == "" || u.Path != "" && u.Path != "/" && !digits(u.Path[1:]) {
+	if err != nil {
+		u = &url.URL{} // which is refused
+	}
+	_, portErr := strconv.ParseUint(cmp.Or(u.Port(), "6379"), 10, 16)
+	_, databaseErr := strconv.ParseUint(cmp.Or(strings.TrimPrefix(u.Path, "/"), "0"), 10, 16)
+	if u.Scheme != "redis" && u.Scheme != "rediss" || u.Host == "" || portErr != nil || databaseErr != nil {
 		return errors.New("REDIS_URL is not a Redis URL: want redis://:password@host:6379/0, or rediss:// for TLS")
 	}
 	s.writeToken = getenv("WRITE_TOKEN")
@@ -121,7 +130,7 @@ func (s *settings) serve(ctx context.Context) error {
 	return err
 }
 
-// prepare waits up to 10 s for PostgreSQL, applies the schema, and seeds an empty table.
+// prepare bounds the pool, waits up to 10 s for PostgreSQL, applies the schema, and seeds an empty table.
 func prepare(ctx context.Context, db *sql.DB, seed uint) error {
 	db.SetMaxOpenConns(16) // of PostgreSQL's 100, so that several instances have room
 	db.SetMaxIdleConns(16)
@@ -159,8 +168,8 @@ func (s *settings) listen(ctx context.Context, handler http.Handler) error {
 	server := &http.Server{
 		Handler:           handler,
 		ReadHeaderTimeout: 5 * time.Second,
-		ReadTimeout:       10 * time.Second,
-		WriteTimeout:      60 * time.Second, // a slow reader's 28 MB; far above answerWithin
+		ReadTimeout:       10 * time.Second, // 64 KiB over a poor line
+		WriteTimeout:      60 * time.Second, // 28 MB, which are 100,000 listings, over a fair one; far above answerWithin
 		IdleTimeout:       60 * time.Second,
 		MaxHeaderBytes:    16 << 10,
 		ErrorLog:          slog.NewLogLogger(slog.Default().Handler(), slog.LevelWarn),
@@ -174,7 +183,7 @@ func (s *settings) listen(ctx context.Context, handler http.Handler) error {
 	case <-ctx.Done():
 	}
 	slog.Info("stopping")
-	deadline, cancel := context.WithTimeout(context.Background(), 8*time.Second)
+	deadline, cancel := context.WithTimeout(context.Background(), 8*time.Second) // Docker kills after 10
 	defer cancel()
 	if err := server.Shutdown(deadline); err != nil {
 		slog.Warn("requests were cut off", "err", err)
@@ -198,9 +207,7 @@ func newApp(db *sql.DB, redisURL, writeToken string) *app {
 	p, s := &properties{db: db}, &signals{}
 	c := newCache(redisURL, p.all)
 	p.getAll = c.getAllProperties
-	p.postSave = func(ctx context.Context, p property, created bool) { s.postSave.send(ctx, saved{p, created}) }
-	p.postDelete = s.postDelete.send
-	p.postUnknown = s.postUnknown.send
+	p.postSave, p.postDelete, p.postUnknown = s.postSave.send, s.postDelete.send, s.postUnknown.send
 	s.connectReceivers(c)
 	return &app{properties: p, cache: c, signals: s, writeToken: writeToken}
 }
@@ -222,7 +229,7 @@ func (a *app) routes() http.Handler {
 	crossOrigin.SetDenyHandler(view(func(http.ResponseWriter, *http.Request) error {
 		return &problem{Status: http.StatusForbidden, Detail: "Another site's page may not write here."}
 	}))
-	return recovered(a.localHost(crossOrigin.Handler(mux)))
+	return a.localHost(crossOrigin.Handler(mux))
 }
 
 // authorized asks for WRITE_TOKEN, if there is one.
@@ -258,19 +265,6 @@ func (a *app) localHost(next http.Handler) view {
 	}
 }
 
-// recovered answers a panic with a 500 and logs its stack.
-func recovered(next http.Handler) view {
-	return func(w http.ResponseWriter, r *http.Request) (err error) {
-		defer func() {
-			if p := recover(); p != nil {
-				err = panicked(p)
-			}
-		}()
-		next.ServeHTTP(w, r)
-		return nil
-	}
-}
-
 // healthView says whether PostgreSQL and Redis answer and whether the cache is in use. Without PostgreSQL
 // we aren't healthy; without Redis we are slower.
 func (a *app) healthView(w http.ResponseWriter, r *http.Request) error {
@@ -280,6 +274,7 @@ func (a *app) healthView(w http.ResponseWriter, r *http.Request) error {
 	status := http.StatusOK
 	if err := a.properties.db.PingContext(ctx); err != nil {
 		health["postgresql"], status = "down", http.StatusServiceUnavailable
+		w.Header().Set("Retry-After", "1")
 	}
 	if err := a.cache.do(func(conn redis.Conn) error { _, err := conn.Do("PING"); return err }); err != nil {
 		health["redis"] = "down"

@@ -296,11 +296,15 @@ func TestBadSettings(t *testing.T) {
 		{"no host", "", map[string]string{"REDIS_URL": "redis:s3cret"}, 1, "REDIS_URL"},
 		{"a bad port", "", map[string]string{"REDIS_URL": "redis://:s3cret@localhost:x"}, 1, "REDIS_URL"},
 		{"a named database", "", map[string]string{"REDIS_URL": "redis://:s3cret@localhost/zero"}, 1, "REDIS_URL"},
+		{"a port too high", "", map[string]string{"REDIS_URL": "redis://:s3cret@localhost:65536"}, 1, "REDIS_URL"},
+		{"a database too high", "", map[string]string{"REDIS_URL": "redis://:s3cret@localhost/99999999999999999999"}, 1, "REDIS_URL"},
 		{"two numbers", "", map[string]string{"REDIS_URL": "redis://:s3cret@localhost/1/2"}, 1, "REDIS_URL"},
 		{"a token with a blank", "", map[string]string{"WRITE_TOKEN": "s3cret s3cret"}, 1, "WRITE_TOKEN"},
 		{"every address without a token", "-addr :8000", nil, 1, "WRITE_TOKEN"},
 		{"an outer address without a token", "-addr 192.0.2.1:8000", nil, 1, "WRITE_TOKEN"},
 		{"an address without a port", "-addr localhost", nil, 2, "-addr"},
+		{"an address with a port too high", "-addr 127.0.0.1:99999", nil, 2, "-addr"},
+		{"an address with a named port", "-addr 127.0.0.1:x", nil, 2, "-addr"},
 		{"a negative seed", "-seed -1", nil, 2, "-seed"},
 		{"an unknown flag", "-port 1", nil, 2, "-port"},
 		{"an argument", "serve", nil, 2, "serve"},
@@ -441,7 +445,7 @@ func checkProblem(t *testing.T, e exchange) problem {
 // A panic in a view is a 500 of its own; the server goes on.
 func TestPanicInView(t *testing.T) {
 	p := start(t, options{})
-	handler := recovered(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { panic("at the disco") }))
+	handler := view(func(http.ResponseWriter, *http.Request) error { panic("at the disco") })
 	recorder := httptest.NewRecorder()
 	handler.ServeHTTP(recorder, httptest.NewRequest("GET", "/", nil))
 	e := exchange{recorder.Result(), recorder.Body.Bytes()}

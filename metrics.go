@@ -37,7 +37,8 @@ func (l *level[T]) metrics() levelMetrics {
 	return levelMetrics{l.requests[hit].Load(), l.requests[miss].Load(), l.coalesced.Load(), l.requests[bypassed].Load()}
 }
 
-// getRedisCacheMetrics asks Redis for its counts, logs them and returns them with ours.
+// getRedisCacheMetrics asks Redis for its counts, logs them and returns them with ours. Its error is the
+// *problem to answer with.
 func (c *cache) getRedisCacheMetrics() (m redisMetrics, err error) {
 	err = c.do(func(conn redis.Conn) error {
 		info, err := redis.String(conn.Do("INFO", "stats"))
@@ -50,7 +51,8 @@ func (c *cache) getRedisCacheMetrics() (m redisMetrics, err error) {
 		return errors.Join(hitsErr, missesErr)
 	})
 	if err != nil {
-		return m, err
+		slog.Error("redis cache metrics", "err", err)
+		return m, &problem{Status: http.StatusServiceUnavailable, Detail: "Redis does not answer."}
 	}
 	if lookUps := m.KeyspaceHits + m.KeyspaceMisses; lookUps > 0 {
 		m.HitRatio = math.Round(float64(m.KeyspaceHits)/float64(lookUps)*1e4) / 1e4
@@ -64,7 +66,7 @@ func (c *cache) getRedisCacheMetrics() (m redisMetrics, err error) {
 func (c *cache) metricsView(w http.ResponseWriter, r *http.Request) error {
 	m, err := c.getRedisCacheMetrics()
 	if err != nil {
-		return &problem{Status: http.StatusServiceUnavailable, Detail: "Redis does not answer."}
+		return err
 	}
 	writeJSON(w, http.StatusOK, "application/json", m)
 	return nil
@@ -74,7 +76,7 @@ func (c *cache) metricsView(w http.ResponseWriter, r *http.Request) error {
 func (c *cache) prometheusView(w http.ResponseWriter, r *http.Request) error {
 	m, err := c.getRedisCacheMetrics()
 	if err != nil {
-		return &problem{Status: http.StatusServiceUnavailable, Detail: "Redis does not answer."}
+		return err
 	}
 	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
 	fmt.Fprintf(w, `# HELP redis_keyspace_hits_total Look-ups of existing keys, by all clients of this Redis.

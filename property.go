@@ -16,11 +16,11 @@ import (
 	"log/slog"
 	"mime"
 	"net/http"
+	"regexp"
 	"runtime/debug"
 	"strconv"
 	"strings"
 	"time"
-	"unicode/utf16"
 	"unicode/utf8"
 )
 
@@ -50,17 +50,12 @@ type price string
 // parsePrice reads a price from 0 to 99999999.99 with at most two decimals. It takes JSON's form of a
 // number, without sign and exponent, so that nothing is left to guess or to round.
 func parsePrice(s string) (p price, ok bool) {
-	whole, cents, point := strings.Cut(s, ".")
-	if !digits(whole) || len(whole) > 8 || len(whole) > 1 && whole[0] == '0' {
+	parts := regexp.MustCompile(`^(0|[1-9][0-9]{0,7})(?:\.([0-9]{1,2}))?$`).FindStringSubmatch(s)
+	if parts == nil {
 		return "", false
 	}
-	if point && (!digits(cents) || len(cents) > 2) {
-		return "", false
-	}
-	return price(whole + "." + (cents + "00")[:2]), true
+	return price(parts[1] + "." + (parts[2] + "00")[:2]), true
 }
-
-func digits(s string) bool { return s != "" && strings.Trim(s, "0123456789") == "" }
 
 // properties is the model's manager and its views. Django: Property.objects, and the functions of views.py.
 type properties struct {
@@ -70,9 +65,15 @@ type properties struct {
 	getAll func(context.Context) ([]byte, error)
 
 	// The signals, sent after the commit and before the client has its answer. See signals.go.
-	postSave    func(ctx context.Context, p property, created bool)
-	postDelete  func(ctx context.Context, p property)
-	postUnknown func(ctx context.Context, cause error)
+	postSave    func(context.Context, saved)
+	postDelete  func(context.Context, property)
+	postUnknown func(context.Context, error) // a commit whose outcome is unknown. Django has no such signal.
+}
+
+// saved is what postSave carries. Django: the instance and created of post_save.
+type saved struct {
+	property property
+	created  bool // false: replaced
 }
 
 const columns = `id, title, description, price, location, created_at`
@@ -113,22 +114,19 @@ func (s *properties) get(ctx context.Context, id int64) (property, error) {
 	return scan(s.db.QueryRowContext(ctx, `SELECT `+columns+` FROM properties WHERE id = $1`, id))
 }
 
-// create inserts p and returns it as the database keeps it, with id and created_at.
-func (s *properties) create(ctx context.Context, p property) (property, error) {
-	p, err := s.write(ctx, `INSERT INTO properties (title, description, price, location)
-		VALUES ($1, $2, $3, $4) RETURNING `+columns, p.Title, p.Description, p.Price, p.Location)
-	if err == nil {
-		s.postSave(ctx, p, true)
+// save inserts p if it has no id yet, else replaces the row of that id (errNotFound if there is none). It
+// returns what the database keeps.
+func (s *properties) save(ctx context.Context, p property) (property, error) {
+	created := p.ID == 0
+	statement, args := `INSERT INTO properties (title, description, price, location)
+		VALUES ($1, $2, $3, $4) RETURNING `+columns, []any{p.Title, p.Description, p.Price, p.Location}
+	if !created {
+		statement, args = `UPDATE properties SET title = $1, description = $2, price = $3, location = $4
+			WHERE id = $5 RETURNING `+columns, append(args, p.ID)
 	}
-	return p, err
-}
-
-// replace overwrites the row that has p's id; errNotFound if there is none.
-func (s *properties) replace(ctx context.Context, p property) (property, error) {
-	p, err := s.write(ctx, `UPDATE properties SET title = $1, description = $2, price = $3, location = $4
-		WHERE id = $5 RETURNING `+columns, p.Title, p.Description, p.Price, p.Location, p.ID)
+	p, err := s.write(ctx, statement, args...)
 	if err == nil {
-		s.postSave(ctx, p, false)
+		s.postSave(ctx, saved{p, created})
 	}
 	return p, err
 }
@@ -179,7 +177,13 @@ func panicked(p any) error { return fmt.Errorf("%w: %v\n%s", errPanic, p, debug.
 // A view answers a request, or returns the error to answer with. Django: a view raises Http404 and the like.
 type view func(http.ResponseWriter, *http.Request) error
 
+// ServeHTTP also turns a panic into an answer: net/http would only hang up.
 func (v view) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	defer func() {
+		if p := recover(); p != nil {
+			writeError(w, r, panicked(p))
+		}
+	}()
 	if err := v(w, r); err != nil {
 		writeError(w, r, err)
 	}
@@ -202,7 +206,7 @@ func (s *properties) createView(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	if p, err = s.create(r.Context(), p); err != nil {
+	if p, err = s.save(r.Context(), p); err != nil {
 		return err
 	}
 	w.Header().Set("Location", fmt.Sprintf("%s%d/", propertiesPath, p.ID))
@@ -236,7 +240,7 @@ func (s *properties) replaceView(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	p.ID = id
-	if p, err = s.replace(r.Context(), p); err != nil {
+	if p, err = s.save(r.Context(), p); err != nil {
 		return err
 	}
 	writeJSON(w, http.StatusOK, "application/json", p)
@@ -288,16 +292,14 @@ func decodeProperty(body []byte) (property, error) {
 	if !utf8.Valid(body) {
 		return property{}, badRequest("The body is not valid UTF-8.", nil)
 	}
-	if !json.Valid(body) { // trailing data and nesting bombs included
-		return property{}, badRequest("The body is not one valid JSON value.", nil)
+	if !json.Valid(body) || bytes.TrimSpace(body)[0] != '{' { // trailing data and nesting bombs included
+		return property{}, badRequest("The body is not one valid JSON object.", nil)
 	}
 	f := form{raw: map[string]json.RawMessage{}, errors: map[string]string{}}
-	if err := f.split(body); err != nil {
-		return property{}, badRequest("The body is not a JSON object.", nil)
-	}
+	f.split(body)
 	p := property{
 		Title:       f.text("title", 1, 200),
-		Description: f.text("description", 0, maxBody),
+		Description: f.text("description", 0, maxBody), // no limit but the body's
 		Price:       f.price("price"),
 		Location:    f.text("location", 1, 100),
 	}
@@ -316,28 +318,20 @@ type form struct {
 	errors map[string]string
 }
 
-// split fills f.raw with the fields of body, which is valid JSON. It fails if body isn't an object.
-func (f *form) split(body []byte) error {
+// split fills f.raw with the fields of body, a valid JSON object: so no step of it can fail.
+func (f *form) split(body []byte) {
 	decoder := json.NewDecoder(bytes.NewReader(body))
-	if start, err := decoder.Token(); err != nil || start != json.Delim('{') {
-		return errors.New("not an object")
-	}
+	decoder.Token() // {
 	for decoder.More() {
-		token, err := decoder.Token()
-		if err != nil {
-			return err
-		}
+		token, _ := decoder.Token()
 		var value json.RawMessage
-		if err := decoder.Decode(&value); err != nil {
-			return err
-		}
+		decoder.Decode(&value)
 		name := token.(string)
 		if _, repeated := f.raw[name]; repeated {
 			f.errors[name] = "is given more than once"
 		}
 		f.raw[name] = value
 	}
-	return nil
 }
 
 // take removes the field and returns its JSON. A missing field is an error, noted here.
@@ -378,10 +372,7 @@ func (f *form) price(name string) price {
 	}
 	text := raw
 	if raw[0] == '"' {
-		if err := json.Unmarshal([]byte(raw), &text); err != nil {
-			f.errors[name] = "must be a decimal number"
-			return ""
-		}
+		json.Unmarshal([]byte(raw), &text) // a valid string
 	}
 	p, ok := parsePrice(text)
 	if !ok {
@@ -391,31 +382,11 @@ func (f *form) price(name string) price {
 }
 
 // loneSurrogate tells whether a JSON string escapes half of a UTF-16 pair, which is no character:
-// encoding/json would decode it as U+FFFD, and so store what the client didn't send.
+// encoding/json would decode it as U+FFFD, and so store what the client didn't send. All is well if each
+// character is itself, a short escape, a \u outside D800–DFFF, or a \u pair of high and low.
 func loneSurrogate(raw string) bool {
-	for {
-		_, rest, found := strings.Cut(raw, `\`)
-		if !found {
-			return false
-		}
-		if rest[0] != 'u' { // \\, \", \n and the like
-			raw = rest[1:]
-			continue
-		}
-		unit, _ := strconv.ParseUint(rest[1:5], 16, 16) // four hex digits: the JSON is valid
-		raw = rest[5:]
-		if !utf16.IsSurrogate(rune(unit)) {
-			continue
-		}
-		if len(raw) < 6 || raw[:2] != `\u` {
-			return true
-		}
-		low, _ := strconv.ParseUint(raw[2:6], 16, 16)
-		if utf16.DecodeRune(rune(unit), rune(low)) == utf8.RuneError {
-			return true
-		}
-		raw = raw[6:]
-	}
+	const whole = `[^\\]|\\[^u]|\\u([^dD].|[dD][0-7])..|\\u[dD][89abAB]..\\u[dD][c-fC-F]..`
+	return !regexp.MustCompile(`^(?:` + whole + `)*$`).MatchString(raw)
 }
 
 // A problem is the answer to a request that fails, as RFC 9457 has it, and the error that leads to it.
@@ -433,9 +404,8 @@ func badRequest(detail string, fields map[string]string) *problem {
 	return &problem{Status: http.StatusBadRequest, Detail: detail, Errors: fields}
 }
 
-// writeError is the only place where an error becomes a status. The client learns what it did wrong; the
-// log learns what we did. What isn't told apart here is PostgreSQL's: the views have no other source of
-// errors.
+// writeError is the only place where an error becomes an answer. The client learns what it did wrong; the
+// log learns what we did. An error that isn't told apart here is PostgreSQL's: no other reaches the views.
 func writeError(w http.ResponseWriter, r *http.Request, err error) {
 	var p *problem
 	switch {

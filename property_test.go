@@ -507,10 +507,10 @@ func TestClientLeavesDuringWrite(t *testing.T) {
 	p.list(t, storedStatus)
 	committed, resume := make(chan struct{}), make(chan struct{})
 	send := p.properties.postSave
-	p.properties.postSave = func(ctx context.Context, saved property, created bool) {
+	p.properties.postSave = func(ctx context.Context, e saved) {
 		committed <- struct{}{}
 		<-resume
-		send(ctx, saved, created)
+		send(ctx, e)
 	}
 	ctx, leave := context.WithCancel(t.Context())
 	left := make(chan error)
@@ -540,7 +540,7 @@ func FuzzDecodeProperty(f *testing.F) {
 	if err := prepare(f.Context(), db, 0); err != nil {
 		f.Fatal(err)
 	}
-	p := &properties{db: db, postSave: func(context.Context, property, bool) {}}
+	p := &properties{db: db, postSave: func(context.Context, saved) {}}
 	f.Fuzz(func(t *testing.T, body []byte) {
 		sent, err := decodeProperty(body)
 		if err != nil {
@@ -550,7 +550,7 @@ func FuzzDecodeProperty(f *testing.F) {
 		if err := json.Unmarshal(body, &loose); err != nil || loose["title"] != sent.Title || loose["description"] != sent.Description || loose["location"] != sent.Location {
 			t.Fatalf("%q was read as %+v (%v)", body, sent, err)
 		}
-		created, err := p.create(t.Context(), sent)
+		created, err := p.save(t.Context(), sent)
 		if err != nil {
 			t.Fatalf("PostgreSQL refuses %+v: %v", sent, err)
 		}

@@ -59,30 +59,20 @@ func (r receiver[T]) call(ctx context.Context, event T) (err error) {
 type signals struct {
 	postSave    signal[saved]
 	postDelete  signal[property]
-	postUnknown signal[error] // a commit whose outcome is unknown, and why. Django has no such signal.
+	postUnknown signal[error]
 }
 
-// saved is what postSave carries. Django: the instance and created of post_save.
-type saved struct {
-	property property
-	created  bool // false: replaced
-}
-
-// connectReceivers says who hears of what. Django: AppConfig.ready(), which imports signals.py.
+// connectReceivers says who hears of what. Django: @receiver, and AppConfig.ready(), which imports signals.py.
 func (s *signals) connectReceivers(c *cache) {
-	s.postSave.connect("log", logSaved)
-	s.postDelete.connect("log", logDeleted)
+	s.postSave.connect("log", func(_ context.Context, e saved) error {
+		slog.Info("property saved", "id", e.property.ID, "created", e.created)
+		return nil
+	})
+	s.postDelete.connect("log", func(_ context.Context, p property) error {
+		slog.Info("property deleted", "id", p.ID)
+		return nil
+	})
 	s.postSave.connect("invalidate", func(context.Context, saved) error { return c.invalidate() })
 	s.postDelete.connect("invalidate", func(context.Context, property) error { return c.invalidate() })
 	s.postUnknown.connect("invalidate", func(context.Context, error) error { return c.invalidate() })
-}
-
-func logSaved(_ context.Context, s saved) error {
-	slog.Info("property saved", "id", s.property.ID, "created", s.created)
-	return nil
-}
-
-func logDeleted(_ context.Context, p property) error {
-	slog.Info("property deleted", "id", p.ID)
-	return nil
 }
