@@ -325,11 +325,11 @@ func (l *level[T]) lookUp(ctx context.Context, key string, ttl time.Duration, lo
 //  3. reader B asks, joins A's load, and gets the old rows
 type coalescer[T any] struct {
 	mu   sync.Mutex          // guards open
-	open map[string]*load[T] // no entry: no load runs. nil: one runs. Else: the next one, which one may join
+	open map[string]*call[T] // no entry: no load runs. nil: one runs. Else: the next one, which one may join
 }
 
-// A load is one call of run, and what it returned.
-type load[T any] struct {
+// A call is one run of a load, and what it returned.
+type call[T any] struct {
 	run   func(context.Context) (T, error)
 	done  chan struct{} // closed when value and err are there
 	value T
@@ -343,9 +343,9 @@ func (c *coalescer[T]) do(ctx context.Context, key string, run func(context.Cont
 	l, busy := c.open[key]
 	shared = l != nil
 	if !shared {
-		l = &load[T]{run: run, done: make(chan struct{})}
+		l = &call[T]{run: run, done: make(chan struct{})}
 		if c.open == nil {
-			c.open = map[string]*load[T]{}
+			c.open = map[string]*call[T]{}
 		}
 		c.open[key] = l
 	}
@@ -367,7 +367,7 @@ func (c *coalescer[T]) do(ctx context.Context, key string, run func(context.Cont
 
 // start closes l to newcomers, runs it under a deadline of its own, wakes who waits for it, and starts the
 // load after it. A panic becomes l's error.
-func (c *coalescer[T]) start(key string, l *load[T]) {
+func (c *coalescer[T]) start(key string, l *call[T]) {
 	runtime.Gosched() // let those join who are about to: under load it halves the look-ups
 	c.mu.Lock()
 	c.open[key] = nil
@@ -421,10 +421,10 @@ func storeList(conn redis.Conn, key string, list []byte, ttl time.Duration) int 
 
 // A page is a view's answer. It is the http.ResponseWriter that the view writes to, too.
 type page struct {
-	status int
-	header http.Header // of a cacheable page with its ETag, which names the body
-	body   []byte
-	stored time.Time // when Redis got it, in whole seconds
+	status   int
+	header   http.Header // of a cacheable page with its ETag, which names the body
+	body     []byte
+	storedAt time.Time // when Redis got it, in whole seconds
 }
 
 func (p *page) Header() http.Header { return p.header }
@@ -450,11 +450,11 @@ var errUncacheable = errors.New("not a cacheable page")
 // it can't depend on, so the path alone makes the key, and nobody can fill Redis with /properties/?x=1,
 // ?x=2, … or have their own variant stored for others. (Django makes the key of the whole URL and whatever
 // headers Vary names.) Only gzip is chosen by a header, and by us.
-func (c *cache) cachePage(ttl time.Duration, view http.Handler) http.Handler {
+func (c *cache) cachePage(ttl time.Duration, v view) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		path, gzipped := r.URL.Path, acceptsGzip(r.Header)
 		a, err := c.pages.getOrSet(r.Context(), pageKey(path, gzipped), ttl, func(ctx context.Context) (*page, error) {
-			return render(ctx, view, path, gzipped)
+			return render(ctx, v, path, gzipped)
 		})
 		if err != nil && !errors.Is(err, errUncacheable) {
 			writeError(w, r, err)
@@ -464,11 +464,11 @@ func (c *cache) cachePage(ttl time.Duration, view http.Handler) http.Handler {
 	})
 }
 
-// render has the view answer a GET of path. Only a 200 without Set-Cookie is cacheable.
-func render(ctx context.Context, view http.Handler, path string, gzipped bool) (*page, error) {
+// render has v answer a GET of path. Only a 200 without Set-Cookie is cacheable.
+func render(ctx context.Context, v view, path string, gzipped bool) (*page, error) {
 	p := &page{header: http.Header{}}
 	r := &http.Request{Method: http.MethodGet, URL: &url.URL{Path: path}, Header: http.Header{}, Body: http.NoBody}
-	view.ServeHTTP(p, r.WithContext(ctx))
+	v.ServeHTTP(p, r.WithContext(ctx))
 	p.WriteHeader(http.StatusOK) // as net/http does for a view that wrote nothing
 	if p.status != http.StatusOK || p.header["Set-Cookie"] != nil {
 		return p, errUncacheable
@@ -483,7 +483,7 @@ func render(ctx context.Context, view http.Handler, path string, gzipped bool) (
 	// A browser may keep its copy but must ask before it uses it. (Django sends max-age=900, and nothing
 	// that a server does can call such a copy back.)
 	p.header.Set("Cache-Control", "no-cache")
-	p.stored = time.Now()
+	p.storedAt = time.Now()
 	return p, nil
 }
 
@@ -503,7 +503,7 @@ func etag(body []byte) string {
 
 // storePage keeps a page as a hash.
 func (c *cache) storePage(conn redis.Conn, key string, p *page, ttl time.Duration) int {
-	conn.Send("HSET", key, "etag", p.header.Get("ETag"), "stored", p.stored.Unix(), "header", encode(p.header), "body", p.body)
+	conn.Send("HSET", key, "etag", p.header.Get("ETag"), "stored", p.storedAt.Unix(), "header", encode(p.header), "body", p.body)
 	conn.Send("EXPIRE", key, int(ttl.Seconds()))
 	c.inHand.Store(key, p)
 	return len(p.body)
@@ -535,7 +535,7 @@ func (c *cache) findPage(conn redis.Conn, key string) (*page, bool, error) {
 	if err != nil {
 		return nil, false, fmt.Errorf("%s does not say when it was stored", key)
 	}
-	p.stored = time.Unix(seconds, 0)
+	p.storedAt = time.Unix(seconds, 0)
 	return &p, true, nil
 }
 
@@ -548,7 +548,7 @@ func serve(w http.ResponseWriter, r *http.Request, a answer[*page], ttl time.Dur
 	case a.outcome == bypassed:
 		status = "redis; fwd=bypass; detail=untrusted"
 	case a.outcome == hit:
-		age := max(0, time.Since(p.stored))
+		age := max(0, time.Since(p.storedAt))
 		h.Set("Age", strconv.Itoa(int(age.Seconds())))
 		status = "redis; hit; ttl=" + strconv.Itoa(int(max(0, ttl-age).Seconds()))
 	case a.stored:

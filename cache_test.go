@@ -338,7 +338,7 @@ func TestCachePage(t *testing.T) {
 	for _, test := range tests {
 		t.Run(test.about, func(t *testing.T) {
 			p := start(t, options{})
-			p.serveCached(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			p.url = newServer(t, p.cache.cachePage(15*time.Minute, func(w http.ResponseWriter, r *http.Request) error {
 				if r.URL.RawQuery != "" || len(r.Header) > 0 || r.Host != "" || r.RemoteAddr != "" || r.Method != "GET" {
 					t.Errorf("the view sees %+v", r)
 				}
@@ -346,6 +346,7 @@ func TestCachePage(t *testing.T) {
 					t.Errorf("the view reads %q (%v)", body, err)
 				}
 				test.view(w, r)
+				return nil
 			}))
 			first := p.want(t, test.status, "GET", "/properties/?a=b", "", "Cookie", "c=d")
 			second := p.want(t, test.status, "GET", "/properties/?a=c", "", "Authorization", "Bearer e")
@@ -365,13 +366,6 @@ func TestCachePage(t *testing.T) {
 			}
 		})
 	}
-}
-
-// serveCached makes the program serve another view under cachePage.
-func (p *program) serveCached(t *testing.T, view http.Handler) {
-	t.Helper()
-	server := newServer(t, p.cache.cachePage(15*time.Minute, view))
-	p.url = server
 }
 
 // The headers of GET /properties/, and of the conditional GETs and HEADs that come back with them.

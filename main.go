@@ -216,7 +216,7 @@ func newApp(db *sql.DB, redisURL, writeToken string) *app {
 func (a *app) routes() http.Handler {
 	p, c := a.properties, a.cache
 	mux := http.NewServeMux()
-	mux.Handle("GET /properties/{$}", c.cachePage(15*time.Minute, view(p.listView)))
+	mux.Handle("GET /properties/{$}", c.cachePage(15*time.Minute, p.listView))
 	mux.Handle("POST /properties/{$}", a.authorized(p.createView))
 	mux.Handle("GET /properties/{id}/{$}", view(p.detailView))
 	mux.Handle("PUT /properties/{id}/{$}", a.authorized(p.replaceView))

@@ -410,7 +410,7 @@ func writeError(w http.ResponseWriter, r *http.Request, err error) {
 	var p *problem
 	switch {
 	case errors.As(err, &p):
-	case r.Context().Err() == context.Canceled:
+	case errors.Is(err, context.Canceled) && r.Context().Err() != nil:
 		return // the client has left: nobody to answer
 	case errors.Is(err, errNotFound):
 		p = &problem{Status: http.StatusNotFound, Detail: "There is no such property."}

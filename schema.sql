@@ -10,7 +10,8 @@ SELECT pg_advisory_xact_lock(20260101);
 -- The program refuses bad input with a helpful answer. The CHECKs say the same to everyone else, psql too.
 CREATE TABLE IF NOT EXISTS properties (
     id          bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-    -- What the listing is called: 1 to 200 characters, not all of them blank in Unicode's sense.
+    -- What the listing is called: 1 to 200 characters, not all of them blank in Unicode's sense (the ones
+    -- listed are those of Go's unicode.IsSpace).
     title       varchar(200) NOT NULL
                 CHECK (btrim(title, E' \t\n\x0B\f\r\u0085\u00A0\u1680\u2000\u2001\u2002\u2003\u2004\u2005'
                     '\u2006\u2007\u2008\u2009\u200A\u2028\u2029\u202F\u205F\u3000') <> ''),
