@@ -5,6 +5,7 @@ package main
 import (
 	"context"
 	"log/slog"
+	"slices"
 	"sync"
 )
 
@@ -35,7 +36,7 @@ func (s *signal[T]) connect(name string, hear func(context.Context, T) error) {
 // ctx loses its deadline and its cancellation here, since a write that took its time must be heard of too.
 func (s *signal[T]) send(ctx context.Context, event T) {
 	s.mu.Lock()
-	receivers := s.receivers[:len(s.receivers):len(s.receivers)] // connect may append while we call
+	receivers := slices.Clone(s.receivers) // a receiver may connect another one
 	s.mu.Unlock()
 	for _, r := range receivers {
 		if err := r.call(context.WithoutCancel(ctx), event); err != nil {
