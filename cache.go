@@ -450,25 +450,28 @@ var errUncacheable = errors.New("not a cacheable page")
 // it can't depend on, so the path alone makes the key, and nobody can fill Redis with /properties/?x=1,
 // ?x=2, … or have their own variant stored for others. (Django makes the key of the whole URL and whatever
 // headers Vary names.) Only gzip is chosen by a header, and by us.
-func (c *cache) cachePage(ttl time.Duration, v view) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+func (c *cache) cachePage(ttl time.Duration, v view) view {
+	return func(w http.ResponseWriter, r *http.Request) error {
 		path, gzipped := r.URL.Path, acceptsGzip(r.Header)
 		a, err := c.pages.getOrSet(r.Context(), pageKey(path, gzipped), ttl, func(ctx context.Context) (*page, error) {
 			return render(ctx, v, path, gzipped)
 		})
 		if err != nil && !errors.Is(err, errUncacheable) {
-			writeError(w, r, err)
-			return
+			return err
 		}
 		serve(w, r, a, ttl)
-	})
+		return nil
+	}
 }
 
-// render has v answer a GET of path. Only a 200 without Set-Cookie is cacheable.
+// render has v answer a GET of path. Only a 200 without Set-Cookie is cacheable, and nothing of what v wrote
+// before it failed.
 func render(ctx context.Context, v view, path string, gzipped bool) (*page, error) {
 	p := &page{header: http.Header{}}
 	r := &http.Request{Method: http.MethodGet, URL: &url.URL{Path: path}, Header: http.Header{}, Body: http.NoBody}
-	v.ServeHTTP(p, r.WithContext(ctx))
+	if err := v(p, r.WithContext(ctx)); err != nil {
+		return nil, err
+	}
 	p.WriteHeader(http.StatusOK) // as net/http does for a view that wrote nothing
 	if p.status != http.StatusOK || p.header["Set-Cookie"] != nil {
 		return p, errUncacheable

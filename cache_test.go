@@ -347,6 +347,7 @@ func TestCachePage(t *testing.T) {
 		{"a redirect", func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/", http.StatusFound) }, 302, false},
 		{"a part", func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(206) }, 206, false},
 		{"a panic", func(w http.ResponseWriter, r *http.Request) { panic("in a view") }, 500, false},
+		{"a part, then a panic", func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, "part"); panic("in a view") }, 500, false},
 	}
 	for _, test := range tests {
 		t.Run(test.about, func(t *testing.T) {

@@ -650,7 +650,7 @@ func TestPressure(t *testing.T) {
 			fmt.Fprint(conn, say)
 		}
 	}
-	dial(500, "")                                                     // idle
+	dial(1000, "")                                                    // idle
 	dial(100, "GET /properties/ HTTP/1.1\r\nHost: local")             // half a header
 	dial(100, "GET /properties/ HTTP/1.1\r\nHost: localhost\r\n\r\n") // read nothing of the answer
 	dial(100, "POST /properties/ HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 60000\r\n\r\n{")
