@@ -558,7 +558,7 @@ func serve(w http.ResponseWriter, r *http.Request, a answer[*page], ttl time.Dur
 		status += "; stored"
 	}
 	h.Set("Cache-Status", status)
-	if tags := r.Header["If-None-Match"]; len(tags) > 0 && p.header.Get("ETag") != "" {
+	if tags := r.Header["If-None-Match"]; len(tags) > 0 && p.status == http.StatusOK && p.header.Get("ETag") != "" {
 		// ServeContent knows lists, weak tags and *. It gets to see no Range and no If-Match, which it
 		// would answer too. Without a condition Write is faster: ServeContent copies in small pieces.
 		conditional := &http.Request{Method: r.Method, Header: http.Header{"If-None-Match": {strings.Join(tags, ",")}}}

@@ -346,6 +346,10 @@ func TestCachePage(t *testing.T) {
 		{"an error", func(w http.ResponseWriter, r *http.Request) { http.Error(w, "no", http.StatusServiceUnavailable) }, 503, false},
 		{"a redirect", func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/", http.StatusFound) }, 302, false},
 		{"a part", func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(206) }, 206, false},
+		{"an error with a tag", func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("ETag", `"a"`)
+			w.WriteHeader(http.StatusNotFound)
+		}, 404, false},
 		{"a panic", func(w http.ResponseWriter, r *http.Request) { panic("in a view") }, 500, false},
 		{"a part, then a panic", func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, "part"); panic("in a view") }, 500, false},
 	}
@@ -364,6 +368,7 @@ func TestCachePage(t *testing.T) {
 			}))
 			first := p.want(t, test.status, "GET", "/properties/?a=b", "", "Cookie", "c=d")
 			second := p.want(t, test.status, "GET", "/properties/?a=c", "", "Authorization", "Bearer e")
+			p.want(t, test.status, "GET", "/properties/", "", "If-None-Match", `"a"`) // a tag that no page of ours has
 			if got := strings.HasPrefix(second.Header.Get("Cache-Status"), hitStatus); got != test.stored {
 				t.Errorf("stored: %v, want %v (%s)", got, test.stored, second.Header.Get("Cache-Status"))
 			}
@@ -379,6 +384,37 @@ func TestCachePage(t *testing.T) {
 				t.Errorf("keys: %v (%v)", keys, err)
 			}
 		})
+	}
+}
+
+// An error of a view goes to all who wait for it, each with an answer of their own.
+func TestWaitersShareAnError(t *testing.T) {
+	p := start(t, options{})
+	arrived := make(chan struct{}, 100)
+	resume := make(chan struct{})
+	p.url = newServer(t, p.cache.cachePage(time.Minute, func(w http.ResponseWriter, r *http.Request) error {
+		arrived <- struct{}{}
+		<-resume
+		w.Header().Set("ETag", `"a part"`)
+		return &problem{Status: http.StatusTeapot, Detail: "No coffee."}
+	}))
+	waiting := []<-chan exchange{p.get()}
+	receive(t, arrived)
+	for range 8 {
+		waiting = append(waiting, p.get())
+	}
+	eventually(t, "some wait for the next load", func() bool {
+		p.cache.pages.loads.mu.Lock()
+		defer p.cache.pages.loads.mu.Unlock()
+		return p.cache.pages.loads.open[pageKey("/properties/", false)] != nil
+	})
+	close(resume)
+	for _, got := range waiting {
+		if e := receive(t, got); e.Response == nil || e.StatusCode != http.StatusTeapot || e.Header.Get("ETag") != "" {
+			t.Errorf("%+v: %s", e.Response, e.body)
+		} else {
+			checkProblem(t, e)
+		}
 	}
 }
 

@@ -427,8 +427,9 @@ func writeError(w http.ResponseWriter, r *http.Request, err error) {
 	if p.Status == http.StatusServiceUnavailable {
 		w.Header().Set("Retry-After", "1") // second
 	}
-	p.Type, p.Title = "about:blank", http.StatusText(p.Status)
-	writeJSON(w, p.Status, "application/problem+json", p)
+	answer := *p // p may be the answer to others who wait for the same page
+	answer.Type, answer.Title = "about:blank", http.StatusText(p.Status)
+	writeJSON(w, p.Status, "application/problem+json", answer)
 }
 
 func writeJSON(w http.ResponseWriter, status int, contentType string, v any) {
