@@ -137,7 +137,7 @@ func (c *cache) fail(err error) {
 // do runs f on a connection; its error costs the cache our trust.
 func (c *cache) do(f func(redis.Conn) error) error {
 	conn := c.pool.Load().Get()
-	defer c.release(conn)
+	defer conn.Close()
 	err := f(conn)
 	if err != nil {
 		c.fail(err)
@@ -145,26 +145,15 @@ func (c *cache) do(f func(redis.Conn) error) error {
 	return err
 }
 
-// release gives a connection back to the pool, which takes a round trip if it still watches the fence. A
-// second release does nothing.
-func (c *cache) release(conn redis.Conn) {
-	if err := conn.Close(); err != nil {
-		c.fail(err)
-	}
-}
-
 // run heals the cache whenever it isn't trusted, until ctx is done.
 func (c *cache) run(ctx context.Context) {
-	tick := time.NewTicker(healEvery)
-	defer tick.Stop()
-	for {
+	for ctx.Err() == nil {
+		if !c.trusted() {
+			c.heal() // what went wrong is in the log since trust was lost
+		}
 		select {
 		case <-ctx.Done():
-			return
-		case <-tick.C:
-			if !c.trusted() {
-				c.heal() // what went wrong is in the log since trust was lost
-			}
+		case <-time.After(healEvery):
 		}
 	}
 }
@@ -280,39 +269,38 @@ func (l *level[T]) getOrSet(ctx context.Context, key string, ttl time.Duration, 
 //
 // With it, step 2 changes the fence that the reader has watched since before step 1, and step 3 does
 // nothing. (To watch the key itself would not do: deleting a key that isn't there changes nothing.)
-func (l *level[T]) lookUp(ctx context.Context, key string, ttl time.Duration, load func(context.Context) (T, error)) (answer[T], error) {
+func (l *level[T]) lookUp(ctx context.Context, key string, ttl time.Duration, load func(context.Context) (T, error)) (a answer[T], err error) {
+	a.outcome = bypassed
+	var conn redis.Conn
 	pool := l.cache.pool.Load() // before trusted: the next pool may meet a restarted Redis before heal has seen to it
-	if !l.cache.trusted() {
-		value, err := load(ctx)
-		return answer[T]{value: value, outcome: bypassed}, err
-	}
-	conn := pool.Get()
-	defer l.cache.release(conn)
-	value, found, err := l.find(conn, key)
-	if found {
-		return answer[T]{value: value, outcome: hit}, nil
-	}
-	if err == nil {
-		_, err = conn.Do("WATCH", fenceKey)
-	}
-	if err != nil {
-		l.cache.fail(err)
-		l.cache.release(conn) // now: load may take longer than heal
-		value, err = load(ctx)
-		return answer[T]{value: value, outcome: bypassed}, err
+	if l.cache.trusted() {
+		conn = pool.Get()
+		defer conn.Close() // undoes WATCH
+		var found bool
+		if a.value, found, err = l.find(conn, key); found {
+			a.outcome = hit
+			return a, nil
+		}
+		if err == nil {
+			_, err = conn.Do("WATCH", fenceKey)
+		}
+		if err == nil {
+			a.outcome = miss
+		} else {
+			l.cache.fail(err)
+		}
 	}
 	start := time.Now()
-	if value, err = load(ctx); err != nil || !l.cache.trusted() {
-		return answer[T]{value: value, outcome: miss}, err
+	if a.value, err = load(ctx); err != nil || a.outcome == bypassed {
+		return a, err
 	}
 	conn.Send("MULTI")
-	bytes := l.store(conn, key, value, ttl)
-	stored, err := execMulti(conn)
-	if err != nil {
+	bytes := l.store(conn, key, a.value, ttl)
+	if a.stored, err = execMulti(conn); err != nil {
 		l.cache.fail(err)
 	}
-	slog.Info("cache: filled", "key", key, "bytes", bytes, "took", time.Since(start), "stored", stored)
-	return answer[T]{value: value, outcome: miss, stored: stored}, nil
+	slog.Info("cache: filled", "key", key, "bytes", bytes, "took", time.Since(start), "stored", a.stored)
+	return a, nil
 }
 
 // A coalescer runs at most one load for each key at a time. The zero value works.

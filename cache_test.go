@@ -227,19 +227,6 @@ func TestLostInvalidation(t *testing.T) {
 	p.list(t, hitStatus)
 }
 
-// Trust that is lost while a load runs keeps its value from being stored.
-func TestNothingIsStoredWithoutTrust(t *testing.T) {
-	p := start(t, options{})
-	reading, release := p.gate()
-	reader := p.get()
-	receive(t, reading)
-	p.cache.fail(errors.New("a test's"))
-	release <- struct{}{}
-	if e := receive(t, reader); e.Header.Get("Cache-Status") != missStatus {
-		t.Errorf("Cache-Status: %s", e.Header.Get("Cache-Status"))
-	}
-}
-
 // A write that finds the cache untrusted must not rely on an invalidation that is under way: that may come
 // before its commit, and another instance may store the old rows in between. So it asks for one more; or,
 // once heal has reached Redis, invalidates by itself, and heal isn't held up by any number of writes.
