@@ -94,7 +94,7 @@ redis_keyspace_hit_ratio %g
 	page, list := m.Levels.Page, m.Levels.AllProperties
 	const requests = "cache_requests_total{level=%q,result=\"hit\"} %d\n" +
 		"cache_requests_total{level=%[1]q,result=\"miss\"} %[3]d\n" +
-		"cache_requests_total{level=%[1]q,result=\"bypass\"} %[4]d\n"
+		"cache_requests_total{level=%[1]q,result=\"bypassed\"} %[4]d\n"
 	fmt.Fprintf(w, requests, "page", page.Hits, page.Misses, page.Bypassed)
 	fmt.Fprintf(w, requests, "all_properties", list.Hits, list.Misses, list.Bypassed)
 	fmt.Fprintf(w, `# HELP cache_coalesced_requests_total Those of them that shared another request's look-up.

@@ -33,7 +33,7 @@ func TestMetrics(t *testing.T) {
 		"# TYPE redis_keyspace_hits_total counter", "redis_keyspace_hits_total 6", "redis_keyspace_misses_total 3",
 		"redis_keyspace_hit_ratio 0.6667",
 		`cache_requests_total{level="page",result="hit"} 5`, `cache_requests_total{level="page",result="miss"} 2`,
-		`cache_requests_total{level="all_properties",result="hit"} 1`, `cache_requests_total{level="page",result="bypass"} 0`,
+		`cache_requests_total{level="all_properties",result="hit"} 1`, `cache_requests_total{level="page",result="bypassed"} 0`,
 		`cache_coalesced_requests_total{level="page"} 0`,
 	} {
 		if !strings.Contains("\n"+string(e.body), "\n"+line+"\n") {

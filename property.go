@@ -25,8 +25,7 @@ import (
 )
 
 const (
-	// answerWithin bounds what a request may wait for PostgreSQL, whoever's load it joined. A second is left
-	// to hand the answer over: nobody waits longer than 5 s.
+	// answerWithin bounds what a request may wait for PostgreSQL: 5 s, less one to hand the answer over.
 	answerWithin = 4 * time.Second
 
 	propertiesPath = "/properties/"
@@ -65,9 +64,9 @@ type properties struct {
 	getAll func(context.Context) ([]byte, error)
 
 	// The signals, sent after the commit and before the client has its answer. See signals.go.
-	postSave    func(context.Context, saved)
-	postDelete  func(context.Context, property)
-	postUnknown func(context.Context, error) // a commit whose outcome is unknown. Django has no such signal.
+	postSave    func(saved)
+	postDelete  func(property)
+	postUnknown func(error) // a commit whose outcome is unknown. Django has no such signal.
 }
 
 // saved is what postSave carries. Django: the instance and created of post_save.
@@ -126,7 +125,7 @@ func (s *properties) save(ctx context.Context, p property) (property, error) {
 	}
 	p, err := s.write(ctx, statement, args...)
 	if err == nil {
-		s.postSave(ctx, saved{p, created})
+		s.postSave(saved{p, created})
 	}
 	return p, err
 }
@@ -135,7 +134,7 @@ func (s *properties) save(ctx context.Context, p property) (property, error) {
 func (s *properties) delete(ctx context.Context, id int64) error {
 	p, err := s.write(ctx, `DELETE FROM properties WHERE id = $1 RETURNING `+columns, id)
 	if err == nil {
-		s.postDelete(ctx, p)
+		s.postDelete(p)
 	}
 	return err
 }
@@ -144,8 +143,8 @@ func (s *properties) delete(ctx context.Context, id int64) error {
 //
 // The client's leaving doesn't stop it: one that hangs up between the commit and the signal must not leave
 // the caches stale. The transaction is there for the deadline: a statement that hangs past it can't take
-// effect after the client was told so, because its COMMIT is never sent. Only a COMMIT whose answer is lost
-// leaves a doubt, and then the caches must go all the same.
+// effect after the client was told that nothing was changed, because its COMMIT is never sent. An error of
+// COMMIT itself leaves a doubt, and then the caches must go all the same.
 func (s *properties) write(ctx context.Context, statement string, args ...any) (property, error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), answerWithin)
 	defer cancel()
@@ -159,7 +158,7 @@ func (s *properties) write(ctx context.Context, statement string, args ...any) (
 		return property{}, err
 	}
 	if err := tx.Commit(); err != nil {
-		s.postUnknown(ctx, err)
+		s.postUnknown(err)
 		return property{}, fmt.Errorf("%w: %w", errUnknown, err)
 	}
 	return p, nil
@@ -298,10 +297,10 @@ func decodeProperty(body []byte) (property, error) {
 	f := form{raw: map[string]json.RawMessage{}, errors: map[string]string{}}
 	f.split(body)
 	p := property{
-		Title:       f.text("title", 1, 200),
-		Description: f.text("description", 0, maxBody), // no limit but the body's
+		Title:       f.text("title", false, 200),
+		Description: f.text("description", true, maxBody), // no limit but the body's
 		Price:       f.price("price"),
-		Location:    f.text("location", 1, 100),
+		Location:    f.text("location", false, 100),
 	}
 	for name := range f.raw { // what no field has taken
 		f.errors[name] = "is not a field that can be set"
@@ -334,7 +333,7 @@ func (f *form) split(body []byte) {
 	}
 }
 
-// take removes the field and returns its JSON. A missing field is an error, noted here.
+// take removes the field and returns its JSON, unless it is missing, which take notes, or given twice.
 func (f *form) take(name string) (raw string, ok bool) {
 	value, ok := f.raw[name]
 	delete(f.raw, name)
@@ -344,8 +343,8 @@ func (f *form) take(name string) (raw string, ok bool) {
 	return string(value), ok && f.errors[name] == ""
 }
 
-// text takes a string of at least least (0 or 1) visible and at most most characters.
-func (f *form) text(name string, least, most int) string {
+// text takes a string of at most most characters.
+func (f *form) text(name string, mayBeBlank bool, most int) string {
 	raw, ok := f.take(name)
 	if !ok {
 		return ""
@@ -356,7 +355,7 @@ func (f *form) text(name string, least, most int) string {
 		f.errors[name] = "must be a string"
 	case strings.Contains(s, "\x00") || loneSurrogate(raw):
 		f.errors[name] = "must not contain U+0000 or half a surrogate pair"
-	case least > 0 && strings.TrimSpace(s) == "":
+	case !mayBeBlank && strings.TrimSpace(s) == "":
 		f.errors[name] = "must not be blank"
 	case utf8.RuneCountInString(s) > most:
 		f.errors[name] = fmt.Sprintf("must not be longer than %d characters", most)
@@ -427,7 +426,7 @@ func writeError(w http.ResponseWriter, r *http.Request, err error) {
 	if p.Status == http.StatusServiceUnavailable {
 		w.Header().Set("Retry-After", "1") // second
 	}
-	answer := *p // p may be the answer to others who wait for the same page
+	answer := *p // p may be shared: by those who wait for the same page
 	answer.Type, answer.Title = "about:blank", http.StatusText(p.Status)
 	writeJSON(w, p.Status, "application/problem+json", answer)
 }

@@ -507,10 +507,10 @@ func TestClientLeavesDuringWrite(t *testing.T) {
 	p.list(t, storedStatus)
 	committed, resume := make(chan struct{}), make(chan struct{})
 	send := p.properties.postSave
-	p.properties.postSave = func(ctx context.Context, e saved) {
+	p.properties.postSave = func(e saved) {
 		committed <- struct{}{}
 		<-resume
-		send(ctx, e)
+		send(e)
 	}
 	ctx, leave := context.WithCancel(t.Context())
 	left := make(chan error)
@@ -540,7 +540,7 @@ func FuzzDecodeProperty(f *testing.F) {
 	if err := prepare(f.Context(), db, 0); err != nil {
 		f.Fatal(err)
 	}
-	p := &properties{db: db, postSave: func(context.Context, saved) {}}
+	p := &properties{db: db, postSave: func(saved) {}}
 	f.Fuzz(func(t *testing.T, body []byte) {
 		sent, err := decodeProperty(body)
 		if err != nil {

@@ -3,7 +3,7 @@
 BEGIN;
 
 -- CREATE TABLE IF NOT EXISTS is not safe against itself: two instances that start at once can both find
--- no table, and one of them fails. The lock (any number will do, as long as it is this one) lines them up
+-- no table, and one of them fails. The lock (its number is arbitrary, and the same for all) lines them up
 -- until COMMIT.
 SELECT pg_advisory_xact_lock(20260101);
 

@@ -3,7 +3,6 @@
 package main
 
 import (
-	"context"
 	"log/slog"
 	"slices"
 	"sync"
@@ -12,7 +11,8 @@ import (
 // A signal is a list of receivers. The zero value has none.
 //
 // Receivers run one after the other, in the order in which they were connected, on the goroutine of the
-// write and before its answer: what they do is done when the client goes on.
+// write and before its answer: what they do is done when the client has it. They aren't given the request's
+// context, since a client that hangs up, or a write that took its time, must be heard of too.
 type signal[T any] struct {
 	mu        sync.Mutex // guards receivers
 	receivers []receiver[T]
@@ -20,11 +20,11 @@ type signal[T any] struct {
 
 type receiver[T any] struct {
 	name string // for the log
-	hear func(context.Context, T) error
+	hear func(T) error
 }
 
 // connect adds a receiver. Django: @receiver(post_save, sender=Property).
-func (s *signal[T]) connect(name string, hear func(context.Context, T) error) {
+func (s *signal[T]) connect(name string, hear func(T) error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.receivers = append(s.receivers, receiver[T]{name, hear})
@@ -32,27 +32,25 @@ func (s *signal[T]) connect(name string, hear func(context.Context, T) error) {
 
 // send calls every receiver. The row is committed: a receiver that fails or panics is logged, the next one
 // runs, and the write stays a success.
-//
-// ctx loses its deadline and its cancellation here, since a write that took its time must be heard of too.
-func (s *signal[T]) send(ctx context.Context, event T) {
+func (s *signal[T]) send(event T) {
 	s.mu.Lock()
 	receivers := slices.Clone(s.receivers) // a receiver may connect another one
 	s.mu.Unlock()
 	for _, r := range receivers {
-		if err := r.call(context.WithoutCancel(ctx), event); err != nil {
+		if err := r.call(event); err != nil {
 			slog.Error("signal: receiver failed", "receiver", r.name, "err", err)
 		}
 	}
 }
 
 // call is hear with a panic turned into an error.
-func (r receiver[T]) call(ctx context.Context, event T) (err error) {
+func (r receiver[T]) call(event T) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			err = panicked(p)
 		}
 	}()
-	return r.hear(ctx, event)
+	return r.hear(event)
 }
 
 // signals are the ones that properties sends, all of them after the commit. (Django sends post_delete
@@ -65,15 +63,15 @@ type signals struct {
 
 // connectReceivers says who hears of what. Django: @receiver, and AppConfig.ready(), which imports signals.py.
 func (s *signals) connectReceivers(c *cache) {
-	s.postSave.connect("log", func(_ context.Context, e saved) error {
+	s.postSave.connect("invalidate", func(saved) error { return c.invalidate() })
+	s.postDelete.connect("invalidate", func(property) error { return c.invalidate() })
+	s.postUnknown.connect("invalidate", func(error) error { return c.invalidate() })
+	s.postSave.connect("log", func(e saved) error {
 		slog.Info("property saved", "id", e.property.ID, "created", e.created)
 		return nil
 	})
-	s.postDelete.connect("log", func(_ context.Context, p property) error {
+	s.postDelete.connect("log", func(p property) error {
 		slog.Info("property deleted", "id", p.ID)
 		return nil
 	})
-	s.postSave.connect("invalidate", func(context.Context, saved) error { return c.invalidate() })
-	s.postDelete.connect("invalidate", func(context.Context, property) error { return c.invalidate() })
-	s.postUnknown.connect("invalidate", func(context.Context, error) error { return c.invalidate() })
 }

@@ -3,7 +3,6 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"slices"
@@ -12,31 +11,26 @@ import (
 )
 
 // Receivers hear in the order in which they were connected. One that fails or panics doesn't keep the next
-// one from hearing, and the client's leaving doesn't either.
+// one from hearing.
 func TestSend(t *testing.T) {
 	var s signal[string]
 	var heard []string
-	hear := func(name string, err error) func(context.Context, string) error {
-		return func(ctx context.Context, event string) error {
+	hear := func(name string, err error) func(string) error {
+		return func(event string) error {
 			heard = append(heard, name+" "+event)
-			if ctx.Err() != nil {
-				t.Errorf("%s: %v", name, ctx.Err())
-			}
 			return err
 		}
 	}
-	s.send(t.Context(), "nobody is there")
+	s.send("nobody is there")
 	s.connect("first", hear("first", errors.New("a failure")))
-	s.connect("second", func(context.Context, string) error { panic("in a receiver") })
+	s.connect("second", func(string) error { panic("in a receiver") })
 	s.connect("third", hear("third", nil))
-	s.connect("fourth", func(ctx context.Context, event string) error {
+	s.connect("fourth", func(string) error {
 		s.connect("fifth", hear("fifth", nil)) // hears from the next event on
 		return nil
 	})
-	ctx, cancel := context.WithCancel(t.Context())
-	cancel()
-	s.send(ctx, "a")
-	s.send(ctx, "b")
+	s.send("a")
+	s.send("b")
 	if want := []string{"first a", "third a", "first b", "third b", "fifth b"}; !slices.Equal(heard, want) {
 		t.Errorf("heard %q, want %q", heard, want)
 	}
@@ -54,13 +48,13 @@ func TestSignals(t *testing.T) {
 		heard = append(heard, fmt.Sprintf("%s %d %s", what, row.ID, row.Title))
 		return nil
 	}
-	p.signals.postSave.connect("test", func(_ context.Context, s saved) error {
+	p.signals.postSave.connect("test", func(s saved) error {
 		if s.created {
 			return note("created", s.property, 1)
 		}
 		return note("replaced", s.property, 1)
 	})
-	p.signals.postDelete.connect("test", func(_ context.Context, row property) error { return note("deleted", row, 0) })
+	p.signals.postDelete.connect("test", func(row property) error { return note("deleted", row, 0) })
 	p.want(t, 201, "POST", "/properties/", titled("a"))
 	p.want(t, 200, "PUT", "/properties/1/", titled("b"))
 	p.want(t, 400, "PUT", "/properties/1/", titled(""))
@@ -76,7 +70,7 @@ func TestSignals(t *testing.T) {
 func TestPanicInReceiver(t *testing.T) {
 	p := start(t, options{})
 	p.signals.postSave.receivers = slices.Insert(p.signals.postSave.receivers, 0,
-		receiver[saved]{"test", func(context.Context, saved) error { panic("in a receiver") }})
+		receiver[saved]{"test", func(saved) error { panic("in a receiver") }})
 	p.list(t, storedStatus)
 	p.want(t, 201, "POST", "/properties/", titled("new"))
 	if got := titles(p.list(t, storedStatus)); got != "new" {
