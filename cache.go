@@ -59,21 +59,16 @@ func pageKey(path string, gzipped bool) string {
 	return "page:" + path
 }
 
-// cache is Redis with its two levels, and whether to trust it.
+// cache is Redis with its two levels.
 //
 // Any Redis error may mean that an invalidation was lost, or that Redis came back with old data. So after
 // one the cache is bypassed, reads and writes alike, until run gets an invalidation through. That one
 // mechanism covers a Redis that is down at start, dies, hangs, loses a DEL or holds garbage, and a program
 // that crashed between its commit and its DEL: for a cache starts untrusted.
 type cache struct {
-	url   string
-	query func(context.Context) ([]property, error)
-	pool  atomic.Pointer[redis.Pool]
-
-	// The cache is trusted while failures == healed. To heal is to invalidate and then to set healed to
-	// what failures was before: a failure meanwhile leaves the two apart.
-	failures, healed atomic.Int64
-	healing          atomic.Bool // heal has reached Redis
+	url     string
+	query   func(context.Context) ([]property, error)
+	session atomic.Pointer[session] // nil: Redis is bypassed
 
 	lists  level[[]byte]
 	pages  level[*page]
@@ -83,20 +78,27 @@ type cache struct {
 // newCache is a cache that isn't trusted yet: call heal, or run.
 func newCache(url string, query func(context.Context) ([]property, error)) *cache {
 	c := &cache{url: url, query: query}
-	c.pool.Store(c.newPool())
-	c.failures.Store(1) // and healed 0
 	c.lists = level[[]byte]{cache: c, find: findList, store: storeList}
 	c.pages = level[*page]{cache: c, find: c.findPage, store: c.storePage}
 	return c
 }
 
-// newPool dials with timeouts (redigo's own are 30 s, or none) and stays with the Redis process that it met first.
+// A session is a time with one Redis process and without an error. It starts with an invalidation, from when
+// on it is trusted; its first error ends it, and with it the trust.
+type session struct {
+	*redis.Pool
+	started atomic.Bool
+}
+
+func (s *session) trusted() bool { return s != nil && s.started.Load() }
+
+// newSession dials with timeouts (redigo's own are 30 s, or none) and stays with the process that it met first.
 //
 // A pool dials anew without telling, and a Redis that restarted may have loaded an old snapshot: such a
 // connection is refused, so that it counts as an error like any other. TestOnBorrow would hide the error.
-func (c *cache) newPool() *redis.Pool {
+func (c *cache) newSession() *session {
 	var meet sync.Once
-	var met string // the run_id of the process that this pool talks to
+	var met string // the run_id of the process
 	dial := func() (redis.Conn, error) {
 		conn, err := redis.DialURL(c.url, redis.DialConnectTimeout(redisTimeout), redis.DialReadTimeout(redisTimeout),
 			redis.DialWriteTimeout(redisTimeout), redis.DialTLSHandshakeTimeout(redisTimeout))
@@ -117,7 +119,8 @@ func (c *cache) newPool() *redis.Pool {
 		}
 		return conn, nil
 	}
-	return &redis.Pool{Dial: dial, MaxIdle: 16} // one for each of 16 writers, as many as PostgreSQL is asked to serve
+	// MaxIdle: one for each of 16 writers, as many as PostgreSQL is asked to serve.
+	return &session{Pool: &redis.Pool{Dial: dial, MaxIdle: 16}}
 }
 
 // infoField finds a field in a reply to INFO; "" if it isn't there.
@@ -127,30 +130,10 @@ func infoField(info, name string) string {
 	return value
 }
 
-func (c *cache) trusted() bool { return c.healed.Load() == c.failures.Load() }
-
-// fail costs the cache our trust.
-func (c *cache) fail(err error) {
-	if c.failures.Add(1)-1 == c.healed.Load() {
-		slog.Warn("cache: trust lost, bypassing Redis", "err", err)
-	}
-}
-
-// do runs f on a connection; its error costs the cache our trust.
-func (c *cache) do(f func(redis.Conn) error) error {
-	conn := c.pool.Load().Get()
-	defer conn.Close()
-	err := f(conn)
-	if err != nil {
-		c.fail(err)
-	}
-	return err
-}
-
-// run heals the cache whenever it isn't trusted, until ctx is done.
+// run heals the cache whenever it is bypassed, until ctx is done, and then closes it.
 func (c *cache) run(ctx context.Context) {
 	for ctx.Err() == nil {
-		if !c.trusted() {
+		if c.session.Load() == nil {
 			c.heal() // what went wrong is in the log since trust was lost
 		}
 		select {
@@ -158,41 +141,65 @@ func (c *cache) run(ctx context.Context) {
 		case <-time.After(healEvery):
 		}
 	}
+	if s := c.session.Swap(nil); s != nil {
+		s.Close()
+	}
 }
 
-// heal invalidates, over new connections, and so regains trust.
+// heal starts a session with an invalidation, and so regains trust.
 func (c *cache) heal() error {
-	c.pool.Swap(c.newPool()).Close()
-	conn := c.pool.Load().Get()
+	s := c.newSession()
+	conn := s.Get()
 	defer conn.Close()
 	if conn.Err() != nil {
 		return conn.Err()
 	}
-	c.healing.Store(true) // from here on writes invalidate by themselves
-	defer c.healing.Store(false)
-	failures := c.failures.Load() // a later failure needs a later invalidation
+	c.session.Store(s) // before the invalidation: see invalidate
 	if err := sendInvalidation(conn); err != nil {
+		c.end(s, err)
 		return err
 	}
-	c.healed.Store(failures)
-	if c.trusted() {
-		slog.Info("cache: trusted")
-	}
+	s.started.Store(true)
+	slog.Info("cache: trusted")
 	return nil
+}
+
+// end ends a session, unless it has ended.
+func (c *cache) end(s *session, err error) {
+	if c.session.CompareAndSwap(s, nil) && s.trusted() {
+		slog.Warn("cache: trust lost, bypassing Redis", "err", err)
+	}
+	s.Close()
+}
+
+var errBypassed = errors.New("cache: Redis is bypassed")
+
+// do runs f on a connection of the session, or returns errBypassed. An error of f ends the session.
+func (c *cache) do(f func(redis.Conn) error) error {
+	s := c.session.Load()
+	if s == nil {
+		return errBypassed
+	}
+	conn := s.Get()
+	defer conn.Close()
+	err := f(conn)
+	if err != nil {
+		c.end(s, err)
+	}
+	return err
 }
 
 // invalidate makes both levels forget, before the write that calls for it is answered.
 //
-// Without trust it doesn't wait for Redis. It counts one more failure instead, so that a heal under way can't
-// end in trust: another instance may have stored the old list after its DEL and before this write's commit.
-// But once heal has reached Redis, writes invalidate by themselves again, or a steady stream of them would
-// keep it from ever ending.
+// When Redis is bypassed it needn't, and doesn't wait for it: the next session is still to come, and to start
+// with an invalidation, after this write's commit. One that is just starting may have sent its own before
+// the commit, so this write sends another.
 func (c *cache) invalidate() error {
-	if !c.trusted() && !c.healing.Load() {
-		c.fail(errors.New("a write without an invalidation"))
+	err := c.do(sendInvalidation)
+	if errors.Is(err, errBypassed) {
 		return nil
 	}
-	return c.do(sendInvalidation)
+	return err
 }
 
 // sendInvalidation changes the fence and deletes both levels in one transaction. The fence is SET to
@@ -271,15 +278,12 @@ func (l *level[T]) getOrSet(ctx context.Context, key string, ttl time.Duration, 
 //
 // With it, step 2 changes the fence that the reader has watched since before it read the rows, and step 3
 // does nothing. (To watch the key itself would not do: deleting a key that isn't there changes nothing.)
-//
-// The pool comes before the question of trust. The other way round, heal could change pools in between, and
-// a Redis that restarted would be asked before it was invalidated. A pool that heal has closed gives errors.
 func (l *level[T]) lookUp(ctx context.Context, key string, ttl time.Duration, load func(context.Context) (T, error)) (a answer[T], err error) {
 	a.outcome = bypassed
 	var conn redis.Conn
-	pool := l.cache.pool.Load()
-	if l.cache.trusted() {
-		conn = pool.Get()
+	s := l.cache.session.Load()
+	if s.trusted() {
+		conn = s.Get()
 		defer conn.Close() // undoes WATCH
 		var found bool
 		if a.value, found, err = l.find(conn, key); found {
@@ -292,17 +296,17 @@ func (l *level[T]) lookUp(ctx context.Context, key string, ttl time.Duration, lo
 		if err == nil {
 			a.outcome = miss
 		} else {
-			l.cache.fail(err)
+			l.cache.end(s, err)
 		}
 	}
 	start := time.Now()
-	if a.value, err = load(ctx); err != nil || a.outcome == bypassed {
+	if a.value, err = load(ctx); err != nil || a.outcome == bypassed || s != l.cache.session.Load() {
 		return a, err
 	}
 	conn.Send("MULTI")
 	bytes := l.store(conn, key, a.value, ttl)
 	if a.stored, err = execMulti(conn); err != nil {
-		l.cache.fail(err)
+		l.cache.end(s, err)
 	}
 	slog.Info("cache: filled", "key", key, "bytes", bytes, "took", time.Since(start), "stored", a.stored)
 	return a, nil
@@ -317,13 +321,13 @@ func (l *level[T]) lookUp(ctx context.Context, key string, ttl time.Duration, lo
 //  2. a writer commits, invalidates, and has its answer
 //  3. reader B asks, joins A's load, and gets the old rows
 type coalescer[T any] struct {
-	mu   sync.Mutex          // guards open
-	open map[string]*call[T] // no entry: no load runs. nil: one runs. Else: the next one, which one may join
+	mu   sync.Mutex          // guards last, and begun of its calls
+	last map[string]*call[T] // the call that came last, until it has ended: it runs, or waits for the one that does
 }
 
 // A call is one run of a load, and what it returned.
 type call[T any] struct {
-	run   func(context.Context) (T, error)
+	begun bool
 	done  chan struct{} // closed when value and err are there
 	value T
 	err   error
@@ -333,37 +337,37 @@ type call[T any] struct {
 // stops waiting when ctx is done, or after answerWithin; the load goes on, for it isn't this caller's alone.
 func (c *coalescer[T]) do(ctx context.Context, key string, run func(context.Context) (T, error)) (value T, shared bool, err error) {
 	c.mu.Lock()
-	l, busy := c.open[key]
-	shared = l != nil
+	l := c.last[key]
+	shared = l != nil && !l.begun
 	if !shared {
-		l = &call[T]{run: run, done: make(chan struct{})}
-		if c.open == nil {
-			c.open = map[string]*call[T]{}
+		before := l
+		l = &call[T]{done: make(chan struct{})}
+		if c.last == nil {
+			c.last = map[string]*call[T]{}
 		}
-		c.open[key] = l
-	}
-	if !busy {
-		go c.start(key, l)
+		c.last[key] = l
+		go c.start(key, l, before, run)
 	}
 	c.mu.Unlock()
-	tooLate := time.NewTimer(answerWithin)
-	defer tooLate.Stop()
 	select {
 	case <-l.done:
 		return l.value, shared, l.err
 	case <-ctx.Done():
 		return value, shared, ctx.Err()
-	case <-tooLate.C:
+	case <-time.After(answerWithin):
 		return value, shared, context.DeadlineExceeded
 	}
 }
 
-// start closes l to newcomers, runs it under a deadline of its own, wakes who waits for it, and starts the
-// load after it. A panic becomes l's error.
-func (c *coalescer[T]) start(key string, l *call[T]) {
+// start waits for the call before l, closes l to newcomers, runs it under a deadline of its own, and wakes
+// who waits for it. A panic becomes l's error.
+func (c *coalescer[T]) start(key string, l, before *call[T], run func(context.Context) (T, error)) {
+	if before != nil {
+		<-before.done
+	}
 	runtime.Gosched() // let those join who are about to: under load it halves the look-ups
 	c.mu.Lock()
-	c.open[key] = nil
+	l.begun = true
 	c.mu.Unlock()
 	ctx, cancel := context.WithTimeout(context.Background(), answerWithin)
 	defer cancel()
@@ -371,16 +375,14 @@ func (c *coalescer[T]) start(key string, l *call[T]) {
 		if p := recover(); p != nil {
 			l.err = panicked(p)
 		}
-		close(l.done)
 		c.mu.Lock()
-		defer c.mu.Unlock()
-		if next := c.open[key]; next != nil {
-			go c.start(key, next)
-		} else {
-			delete(c.open, key)
+		if c.last[key] == l {
+			delete(c.last, key)
 		}
+		c.mu.Unlock()
+		close(l.done)
 	}()
-	l.value, l.err = l.run(ctx)
+	l.value, l.err = run(ctx)
 }
 
 // getAllProperties returns all properties as a JSON array, from all_properties or PostgreSQL. (Bytes, since

@@ -179,6 +179,13 @@ func TestLateFillLosesToWrite(t *testing.T) {
 	}
 }
 
+// waits tells whether a load of key is to begin after the one that runs.
+func (c *coalescer[T]) waits(key string) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.last[key] != nil && !c.last[key].begun
+}
+
 // Rule 2: a reader that asks after the write must not share a load that began before it.
 func TestLateJoinerGetsTheNextLoad(t *testing.T) {
 	p := start(t, options{})
@@ -189,9 +196,7 @@ func TestLateJoinerGetsTheNextLoad(t *testing.T) {
 	p.want(t, 201, "POST", "/properties/", titled("new")) // 2. the write is answered
 	late := p.get()                                       // 3. the late reader asks, while that load runs
 	eventually(t, "the late reader waits", func() bool {
-		p.cache.pages.loads.mu.Lock()
-		defer p.cache.pages.loads.mu.Unlock()
-		return p.cache.pages.loads.open[pageKey("/properties/", false)] != nil
+		return p.cache.pages.loads.waits(pageKey("/properties/", false))
 	})
 	release <- struct{}{}
 	if e := receive(t, early); string(e.body) != "[]\n" {
@@ -220,17 +225,29 @@ func TestLostInvalidation(t *testing.T) {
 		t.Errorf("while Redis is away: %q", got)
 	}
 	network.set(t, healthy)
-	eventually(t, "the cache is trusted", p.cache.trusted)
+	eventually(t, "the cache is trusted", p.trusted)
 	if got := titles(p.list(t, storedStatus)); got != "new" {
 		t.Errorf("when Redis is back: %q", got)
 	}
 	p.list(t, hitStatus)
 }
 
-// A write that finds the cache untrusted must not rely on an invalidation that is under way: that may come
-// before its commit, and another instance may store the old rows in between. So it asks for one more; or,
-// once heal has reached Redis, invalidates by itself, and heal isn't held up by any number of writes.
-func TestWriteDuringHealing(t *testing.T) {
+// Trust that is lost while a load runs keeps its value from being stored: another instance would serve it.
+func TestNothingIsStoredWithoutTrust(t *testing.T) {
+	p := start(t, options{})
+	reading, release := p.gate()
+	reader := p.get()
+	receive(t, reading)
+	p.cache.end(p.cache.session.Load(), errors.New("a test's"))
+	release <- struct{}{}
+	if e := receive(t, reader); e.Header.Get("Cache-Status") != missStatus {
+		t.Errorf("Cache-Status: %s", e.Header.Get("Cache-Status"))
+	}
+}
+
+// A write that finds Redis bypassed leaves the invalidation to the next session, which is still to come. One
+// that finds a session starting invalidates by itself, for the session may have done so before the commit.
+func TestWriteWhileHealing(t *testing.T) {
 	p := start(t, options{})
 	fence := func() string {
 		value, err := redis.String(p.redis.Do("GET", fenceKey))
@@ -239,18 +256,20 @@ func TestWriteDuringHealing(t *testing.T) {
 		}
 		return value
 	}
-	p.cache.fail(errors.New("a test's"))
-	failures, before := p.cache.failures.Load(), fence()
-	p.want(t, 201, "POST", "/properties/", titled("new"))
-	if n := p.cache.failures.Load(); n != failures+1 || fence() != before {
-		t.Errorf("without trust: %d more failures, and Redis was asked: %v", n-failures, fence() != before)
+	before := fence()
+	c := newCache(services.redisURL, p.cache.query) // nobody heals it
+	if err := c.invalidate(); err != nil || fence() != before {
+		t.Errorf("bypassed: Redis was asked: %v (%v)", fence() != before, err)
 	}
-	p.cache.healing.Store(true)
-	p.want(t, 201, "POST", "/properties/", titled("newer"))
-	if n := p.cache.failures.Load(); n != failures+1 || fence() == before {
-		t.Errorf("while healing: %d more failures, and Redis was asked: %v", n-failures-1, fence() != before)
+	s := c.newSession()
+	c.session.Store(s)
+	if err := c.invalidate(); err != nil || fence() == before {
+		t.Errorf("starting: Redis was asked: %v (%v)", fence() != before, err)
 	}
-	p.cache.healing.Store(false)
+	c.end(s, errors.New("a test's"))
+	if c.session.Load() != nil {
+		t.Error("the session goes on")
+	}
 }
 
 // Whatever lies at our keys that we didn't put there is not served, and is gone soon.
@@ -391,9 +410,7 @@ func TestWaitersShareAnError(t *testing.T) {
 		waiting = append(waiting, p.get())
 	}
 	eventually(t, "some wait for the next load", func() bool {
-		p.cache.pages.loads.mu.Lock()
-		defer p.cache.pages.loads.mu.Unlock()
-		return p.cache.pages.loads.open[pageKey("/properties/", false)] != nil
+		return p.cache.pages.loads.waits(pageKey("/properties/", false))
 	})
 	close(resume)
 	for _, got := range waiting {
@@ -594,12 +611,11 @@ func TestHungRedis(t *testing.T) {
 	p.list(t, storedStatus)
 	network.set(t, swallow)
 	p.list(t, bypassStatus) // this one has waited
-	asked := p.cache.failures.Load()
 	for range 20 {
 		p.list(t, bypassStatus)
-	}
-	if n := p.cache.failures.Load(); n != asked {
-		t.Errorf("Redis failed %d more times: later requests have asked it", n-asked)
+		if p.cache.session.Load() != nil {
+			t.Error("a later request may ask Redis")
+		}
 	}
 }
 
@@ -684,8 +700,8 @@ func TestCoalescer(t *testing.T) {
 			}
 		}
 		synctest.Wait()
-		if n := loads.Load(); n != 2 || len(c.open) != 0 {
-			t.Errorf("%d loads, want 2; %d keys left, want 0", n, len(c.open))
+		if n := loads.Load(); n != 2 || len(c.last) != 0 {
+			t.Errorf("%d loads, want 2; %d keys left, want 0", n, len(c.last))
 		}
 	})
 }

@@ -96,7 +96,7 @@ func (c *checker) read(p *program) {
 	c.mu.Unlock()
 	excused := false
 	for _, other := range c.programs {
-		excused = excused || len(c.programs) > 1 && !other.cache.trusted()
+		excused = excused || len(c.programs) > 1 && !other.trusted()
 	}
 	e, err := p.send("GET", "/properties/", "")
 	var list []property
@@ -161,7 +161,7 @@ func (c *checker) recover(t *testing.T) {
 	t.Helper()
 	for _, p := range c.programs {
 		hits := func() int64 { return p.cache.pages.requests[hit].Load() }
-		eventually(t, "the cache is trusted", p.cache.trusted)
+		eventually(t, "the cache is trusted", p.trusted)
 		before := hits()
 		eventually(t, "hits are back", func() bool { return hits() > before })
 	}
@@ -191,13 +191,13 @@ func TestNeverStaleUnderNetworkFaults(t *testing.T) {
 	network := newProxy(t, hostPort(t, services.redisURL))
 	c := check(t, start(t, options{redisURL: withHost(t, services.redisURL, network.addr)}))
 	for f := refused; f <= slower; f++ {
-		before := c.programs[0].cache.failures.Load()
+		before := c.programs[0].cache.session.Load()
 		network.set(t, f)
 		c.wait(100)
 		network.set(t, healthy)
 		c.recover(t)
-		if failures := c.programs[0].cache.failures.Load() - before; (failures == 0) != (f == slow) {
-			t.Errorf("%s: %d failures of Redis", f, failures)
+		if kept := c.programs[0].cache.session.Load() == before; kept != (f == slow) {
+			t.Errorf("%s: trust was kept: %v", f, kept)
 		}
 	}
 	c.stop(t)
@@ -339,9 +339,9 @@ func TestNewConnectionAfterRestart(t *testing.T) {
 	p.list(t, storedStatus)
 	server.do("SAVE") // 1. the snapshot has the empty list
 	p.want(t, 201, "POST", "/properties/", titled("new"))
-	held := p.cache.pool.Load().Get() // 2. every connection is in use, as during a slow fill
-	for p.cache.pool.Load().IdleCount() > 0 {
-		t.Cleanup(func(c redis.Conn) func() { return func() { c.Close() } }(p.cache.pool.Load().Get()))
+	held := p.cache.session.Load().Get() // 2. every connection is in use, as during a slow fill
+	for p.cache.session.Load().IdleCount() > 0 {
+		t.Cleanup(func(c redis.Conn) func() { return func() { c.Close() } }(p.cache.session.Load().Get()))
 	}
 	server.kill()
 	server.start() // 3. Redis has the empty list again
@@ -349,7 +349,7 @@ func TestNewConnectionAfterRestart(t *testing.T) {
 		t.Errorf("the list has %q", got)
 	}
 	held.Close()
-	eventually(t, "the cache is trusted", p.cache.trusted)
+	eventually(t, "the cache is trusted", p.trusted)
 	if got := titles(p.list(t, storedStatus)); got != "new" {
 		t.Errorf("the list has %q", got)
 	}

@@ -126,7 +126,6 @@ func (s *settings) serve(ctx context.Context) error {
 	err := s.listen(ctx, a.routes())
 	stopHealing()
 	<-healed
-	a.cache.pool.Load().Close()
 	return err
 }
 
@@ -272,7 +271,7 @@ func (a *app) healthView(w http.ResponseWriter, r *http.Request) error {
 	if err := a.cache.do(func(conn redis.Conn) error { _, err := conn.Do("PING"); return err }); err != nil {
 		health["redis"] = "down"
 	}
-	if !a.cache.trusted() {
+	if !a.cache.session.Load().trusted() {
 		health["cache"] = "bypassed"
 	}
 	writeJSON(w, status, "application/json", health)

@@ -132,10 +132,11 @@ func startAnother(t testing.TB, o options) *program {
 	t.Cleanup(func() {
 		cancel()
 		<-stopped
-		a.cache.pool.Load().Close()
 	})
 	return &program{app: a, url: newServer(t, a.routes()), db: db, redis: dialRedis(t, services.redisURL)}
 }
+
+func (p *program) trusted() bool { return p.cache.session.Load().trusted() }
 
 // reset drops the tables and the keys of the test before.
 func reset(t testing.TB) {
