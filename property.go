@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"mime"
 	"net/http"
 	"regexp"
@@ -213,13 +214,21 @@ func (s *properties) createView(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
+// byID is a view of the property that the path names. Django: <int:pk>. "01" and "+1" name none, so that each
+// property has one path.
+func byID(v func(w http.ResponseWriter, r *http.Request, id int64) error) view {
+	return func(w http.ResponseWriter, r *http.Request) error {
+		id, err := strconv.ParseInt(r.PathValue("id"), 10, 64)
+		if err != nil || id < 1 || strconv.FormatInt(id, 10) != r.PathValue("id") {
+			return errNotFound
+		}
+		return v(w, r, id)
+	}
+}
+
 // detailView answers GET /properties/{id}/. It isn't cached: a primary-key read costs about what a round
 // trip to Redis costs, so a cache would only add ways to be wrong.
-func (s *properties) detailView(w http.ResponseWriter, r *http.Request) error {
-	id, err := pathID(r)
-	if err != nil {
-		return err
-	}
+func (s *properties) detailView(w http.ResponseWriter, r *http.Request, id int64) error {
 	p, err := s.get(r.Context(), id)
 	if err != nil {
 		return err
@@ -229,11 +238,7 @@ func (s *properties) detailView(w http.ResponseWriter, r *http.Request) error {
 }
 
 // replaceView answers PUT /properties/{id}/.
-func (s *properties) replaceView(w http.ResponseWriter, r *http.Request) error {
-	id, err := pathID(r)
-	if err != nil {
-		return err
-	}
+func (s *properties) replaceView(w http.ResponseWriter, r *http.Request, id int64) error {
 	p, err := readProperty(w, r)
 	if err != nil {
 		return err
@@ -247,25 +252,12 @@ func (s *properties) replaceView(w http.ResponseWriter, r *http.Request) error {
 }
 
 // deleteView answers DELETE /properties/{id}/.
-func (s *properties) deleteView(w http.ResponseWriter, r *http.Request) error {
-	id, err := pathID(r)
-	if err != nil {
-		return err
-	}
+func (s *properties) deleteView(w http.ResponseWriter, r *http.Request, id int64) error {
 	if err := s.delete(r.Context(), id); err != nil {
 		return err
 	}
 	w.WriteHeader(http.StatusNoContent)
 	return nil
-}
-
-// pathID reads {id} as PostgreSQL would print it. "01" and "+1" name no property, so each has one URL.
-func pathID(r *http.Request) (int64, error) {
-	id, err := strconv.ParseInt(r.PathValue("id"), 10, 64)
-	if err != nil || id < 1 || strconv.FormatInt(id, 10) != r.PathValue("id") {
-		return 0, errNotFound
-	}
-	return id, nil
 }
 
 // readProperty reads the client's property; its error is the *problem to answer with.
@@ -287,105 +279,79 @@ func readProperty(w http.ResponseWriter, r *http.Request) (property, error) {
 // decodeProperty checks all that a client may get wrong, and says all of it at once. encoding/json alone
 // would let through what PostgreSQL refuses or what the client didn't mean: it takes the last of two equal
 // names, matches names in any case, and puts U+FFFD where the text is broken.
-func decodeProperty(body []byte) (property, error) {
+func decodeProperty(body []byte) (p property, err error) {
 	if !utf8.Valid(body) {
-		return property{}, badRequest("The body is not valid UTF-8.", nil)
+		return p, badRequest("The body is not valid UTF-8.", nil)
 	}
 	if !json.Valid(body) || bytes.TrimSpace(body)[0] != '{' { // trailing data and nesting bombs included
-		return property{}, badRequest("The body is not one valid JSON object.", nil)
+		return p, badRequest("The body is not one valid JSON object.", nil)
 	}
-	f := form{raw: map[string]json.RawMessage{}, errors: map[string]string{}}
-	f.split(body)
-	p := property{
-		Title:       f.text("title", false, 200),
-		Description: f.text("description", true, maxBody), // no limit but the body's
-		Price:       f.price("price"),
-		Location:    f.text("location", false, 100),
+	read := map[string]func(raw []byte) (wrong string){ // each reads its field
+		"title":       func(raw []byte) string { return readText(&p.Title, raw, false, 200) },
+		"description": func(raw []byte) string { return readText(&p.Description, raw, true, maxBody) },
+		"price":       func(raw []byte) string { return readPrice(&p.Price, raw) },
+		"location":    func(raw []byte) string { return readText(&p.Location, raw, false, 100) },
 	}
-	for name := range f.raw { // what no field has taken
-		f.errors[name] = "is not a field that can be set"
+	wrong := map[string]string{} // field → what is wrong with it; "" if nothing is
+	decoder := json.NewDecoder(bytes.NewReader(body))
+	decoder.Token()      // {
+	for decoder.More() { // body is a valid object: no step of this can fail
+		name, _ := decoder.Token()
+		var raw json.RawMessage
+		decoder.Decode(&raw)
+		field := name.(string)
+		if _, given := wrong[field]; given {
+			wrong[field] = "is given more than once"
+		} else if read[field] == nil {
+			wrong[field] = "is not a field that can be set"
+		} else {
+			wrong[field] = read[field](raw)
+		}
 	}
-	if len(f.errors) > 0 {
-		return property{}, badRequest("The property is refused; errors says why.", f.errors)
+	for field := range read {
+		if _, given := wrong[field]; !given {
+			wrong[field] = "is required"
+		}
+	}
+	maps.DeleteFunc(wrong, func(_, what string) bool { return what == "" })
+	if len(wrong) > 0 {
+		return p, badRequest("The property is refused; errors says why.", wrong)
 	}
 	return p, nil
 }
 
-// A form is a client's object on its way into a property: the fields not yet taken, and what was wrong.
-type form struct {
-	raw    map[string]json.RawMessage
-	errors map[string]string
+// readText reads a JSON string of at most most characters into s, and tells what is wrong with it.
+func readText(s *string, raw []byte, mayBeBlank bool, most int) (wrong string) {
+	switch err := json.Unmarshal(raw, s); {
+	case err != nil || string(raw) == "null":
+		return "must be a string"
+	case strings.Contains(*s, "\x00") || loneSurrogate(raw):
+		return "must not contain U+0000 or half a surrogate pair"
+	case !mayBeBlank && strings.TrimSpace(*s) == "":
+		return "must not be blank"
+	case utf8.RuneCountInString(*s) > most:
+		return fmt.Sprintf("must not be longer than %d characters", most)
+	}
+	return ""
 }
 
-// split fills f.raw with the fields of body, a valid JSON object: so no step of it can fail.
-func (f *form) split(body []byte) {
-	decoder := json.NewDecoder(bytes.NewReader(body))
-	decoder.Token() // {
-	for decoder.More() {
-		token, _ := decoder.Token()
-		var value json.RawMessage
-		decoder.Decode(&value)
-		name := token.(string)
-		if _, repeated := f.raw[name]; repeated {
-			f.errors[name] = "is given more than once"
-		}
-		f.raw[name] = value
+// readPrice reads a price, a JSON string or number, into p, and tells what is wrong with it.
+func readPrice(p *price, raw []byte) (wrong string) {
+	var number json.Number // takes either, and stays empty if raw is no number
+	json.Unmarshal(raw, &number)
+	var ok bool
+	if *p, ok = parsePrice(string(number)); !ok {
+		return `must be from 0 to 99999999.99, with at most two decimals, such as "1250.00"`
 	}
-}
-
-// take removes the field and returns its JSON, unless it is missing, which take notes, or given twice.
-func (f *form) take(name string) (raw string, ok bool) {
-	value, ok := f.raw[name]
-	delete(f.raw, name)
-	if !ok {
-		f.errors[name] = "is required"
-	}
-	return string(value), ok && f.errors[name] == ""
-}
-
-// text takes a string of at most most characters.
-func (f *form) text(name string, mayBeBlank bool, most int) string {
-	raw, ok := f.take(name)
-	if !ok {
-		return ""
-	}
-	var s string
-	switch err := json.Unmarshal([]byte(raw), &s); {
-	case err != nil || raw == "null":
-		f.errors[name] = "must be a string"
-	case strings.Contains(s, "\x00") || loneSurrogate(raw):
-		f.errors[name] = "must not contain U+0000 or half a surrogate pair"
-	case !mayBeBlank && strings.TrimSpace(s) == "":
-		f.errors[name] = "must not be blank"
-	case utf8.RuneCountInString(s) > most:
-		f.errors[name] = fmt.Sprintf("must not be longer than %d characters", most)
-	}
-	return s
-}
-
-// price takes a price, as a JSON string or number.
-func (f *form) price(name string) price {
-	raw, ok := f.take(name)
-	if !ok {
-		return ""
-	}
-	text := raw
-	if raw[0] == '"' {
-		json.Unmarshal([]byte(raw), &text) // a valid string
-	}
-	p, ok := parsePrice(text)
-	if !ok {
-		f.errors[name] = `must be from 0 to 99999999.99, with at most two decimals, such as "1250.00"`
-	}
-	return p
+	return ""
 }
 
 // loneSurrogate tells whether a JSON string escapes half of a UTF-16 pair, which is no character:
 // encoding/json would decode it as U+FFFD, and so store what the client didn't send. All is well if each
 // character is itself, a short escape, a \u outside D800–DFFF, or a \u pair of high and low.
-func loneSurrogate(raw string) bool {
+func loneSurrogate(raw []byte) bool {
 	const whole = `[^\\]|\\[^u]|\\u([^dD].|[dD][0-7])..|\\u[dD][89abAB]..\\u[dD][c-fC-F]..`
-	return !regexp.MustCompile(`^(?:` + whole + `)*$`).MatchString(raw)
+	return !regexp.MustCompile(`^(?:` + whole + `)*$`).Match(raw)
 }
 
 // A problem is the answer to a request that fails, as RFC 9457 has it, and the error that leads to it.
