@@ -7,7 +7,7 @@
 //
 //  1. A fill loses to a write: see lookUp.
 //  2. Nobody gets an answer whose reading began before they asked: see coalescer.
-//  3. Redis is trusted only after an invalidation has succeeded since its last error: see cache.
+//  3. Redis is trusted only after an invalidation has succeeded since its last error: see session.
 
 package main
 
@@ -60,22 +60,17 @@ func pageKey(path string, gzipped bool) string {
 }
 
 // cache is Redis with its two levels.
-//
-// Any Redis error may mean that an invalidation was lost, or that Redis came back with old data. So after
-// one the cache is bypassed, reads and writes alike, until run gets an invalidation through. That one
-// mechanism covers a Redis that is down at start, dies, hangs, loses a DEL or holds garbage, and a program
-// that crashed between its commit and its DEL: for a cache starts untrusted.
 type cache struct {
 	url     string
 	query   func(context.Context) ([]property, error)
-	session atomic.Pointer[session] // nil: Redis is bypassed
+	session atomic.Pointer[session] // nil at first and after an error: Redis is bypassed
 
 	lists  level[[]byte]
 	pages  level[*page]
 	inHand sync.Map // page key → the *page last seen there, used only if Redis has its ETag
 }
 
-// newCache is a cache that isn't trusted yet: call heal, or run.
+// newCache is a cache that bypasses Redis until heal, which run calls, has reached it.
 func newCache(url string, query func(context.Context) ([]property, error)) *cache {
 	c := &cache{url: url, query: query}
 	c.lists = level[[]byte]{cache: c, find: findList, store: storeList}
@@ -83,8 +78,13 @@ func newCache(url string, query func(context.Context) ([]property, error)) *cach
 	return c
 }
 
-// A session is a time with one Redis process and without an error. It starts with an invalidation, from when
-// on it is trusted; its first error ends it, and with it the trust.
+// A session is a time with one Redis process and without an error. Rule 3: it starts with an invalidation, and
+// is trusted from then on, until its first error.
+//
+// For an error may mean that an invalidation was lost, or that Redis came back with old data. So reads and
+// writes alike bypass Redis until the next session has started. That one mechanism covers a Redis that is
+// down at start, dies, hangs, loses a DEL or holds garbage, and a program that crashed between its commit
+// and its DEL, since it begins without a session.
 type session struct {
 	*redis.Pool
 	started atomic.Bool
@@ -106,16 +106,15 @@ func (c *cache) newSession() *session {
 			return nil, err
 		}
 		info, err := redis.String(conn.Do("INFO", "server"))
-		if err == nil {
-			id := infoField(info, "run_id")
-			meet.Do(func() { met = id })
-			if id != met {
-				err = errors.New("redis has restarted")
-			}
-		}
 		if err != nil {
 			conn.Close()
 			return nil, err
+		}
+		id := infoField(info, "run_id")
+		meet.Do(func() { met = id })
+		if id != met {
+			conn.Close()
+			return nil, errors.New("redis has restarted")
 		}
 		return conn, nil
 	}
@@ -130,7 +129,7 @@ func infoField(info, name string) string {
 	return value
 }
 
-// run heals the cache whenever it is bypassed, until ctx is done, and then closes it.
+// run heals the cache whenever Redis is bypassed, until ctx is done, and then closes it.
 func (c *cache) run(ctx context.Context) {
 	for ctx.Err() == nil {
 		if c.session.Load() == nil {
@@ -146,7 +145,7 @@ func (c *cache) run(ctx context.Context) {
 	}
 }
 
-// heal starts a session with an invalidation, and so regains trust.
+// heal starts a session.
 func (c *cache) heal() error {
 	s := c.newSession()
 	conn := s.Get()
@@ -164,7 +163,7 @@ func (c *cache) heal() error {
 	return nil
 }
 
-// end ends a session, unless it has ended.
+// end ends a session, which may have ended before.
 func (c *cache) end(s *session, err error) {
 	if c.session.CompareAndSwap(s, nil) && s.trusted() {
 		slog.Warn("cache: trust lost, bypassing Redis", "err", err)
@@ -191,9 +190,9 @@ func (c *cache) do(f func(redis.Conn) error) error {
 
 // invalidate makes both levels forget, before the write that calls for it is answered.
 //
-// When Redis is bypassed it needn't, and doesn't wait for it: the next session is still to come, and to start
-// with an invalidation, after this write's commit. One that is just starting may have sent its own before
-// the commit, so this write sends another.
+// While Redis is bypassed, a write doesn't wait for it: the next session is yet to start, with an invalidation
+// that comes after this write's commit. If one is just starting, its own may have come before the commit, so
+// the write sends another.
 func (c *cache) invalidate() error {
 	err := c.do(sendInvalidation)
 	if errors.Is(err, errBypassed) {
