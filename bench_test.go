@@ -14,6 +14,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"os"
@@ -25,7 +26,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
@@ -48,8 +48,15 @@ func BenchmarkServing(b *testing.B) {
 			benchColdRead(b, listings)
 		}
 		benchStampede(b)
-		benchWrites(b)
-		benchMemory(b)
+		benchWrite(b)
+		benchMemory(b, 10_000, "hits on 64 connections", hits)
+		benchMemory(b, 100_000, "a fill and then 64 readers that stop reading", stalledReaders)
+	})
+	b.Run("growth", func(b *testing.B) {
+		fmt.Print("\n\n| listings | writes/s | hits | requests/s |\n| ---: | ---: | ---: | ---: |\n")
+		for _, listings := range []uint{100, 10_000} {
+			benchGrowth(b, listings)
+		}
 	})
 }
 
@@ -316,8 +323,8 @@ func benchStampede(b *testing.B) {
 	fmt.Printf("| list queries, 500 clients at once on a cold cache, 10000 listings | %d at most |\n", most)
 }
 
-// benchWrites times a write with the read after it, which has to fill both levels, and counts writes.
-func benchWrites(b *testing.B) {
+// benchWrite times a write with the read after it, which has to fill both levels.
+func benchWrite(b *testing.B) {
 	p := start(b, options{rows: 10_000})
 	post := get(p.url, "")
 	post.Status = "201"
@@ -328,32 +335,76 @@ func benchWrites(b *testing.B) {
 		took = append(took, post.run(b).P50+get(p.url, "").run(b).P50)
 	}
 	fmt.Printf("| a write and the read after it, 10000 listings | %.0f ms |\n", median(took))
-	for _, post.Connections = range []int{1, 32} {
-		post.For = 0
-		post.run(b) // connects to PostgreSQL
-		post.For = 4 * benchFor
-		result := post.run(b)
-		fmt.Printf("| writes/s on %d connections, p99 | %.0f, %.1f ms |\n", post.Connections, result.rate(), result.P99)
-	}
 }
 
-// benchMemory runs the program as a process and asks Linux for its peak, seeding and filling included.
-func benchMemory(b *testing.B) {
+// benchMemory runs the program as a process, uses it, and asks Linux for its peak, seeding and filling included.
+func benchMemory(b *testing.B, listings int, about string, use func(b *testing.B, url string)) {
 	reset(b)
-	p := runMain(b, nil, "-addr", "127.0.0.1:0", "-seed", "10000").serving(b)
-	load := get(p.url, "")
-	load.Connections, load.For = 64, 4*benchFor
-	load.run(b)
+	p := runMain(b, nil, "-addr", "127.0.0.1:0", "-seed", strconv.Itoa(listings)).serving(b)
+	use(b, p.url)
 	status, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.command.Process.Pid))
 	_, peak, _ := strings.Cut(string(status), "VmHWM:")
 	var kB int
 	if _, err := fmt.Sscan(peak, &kB); err != nil {
 		fmt.Println("| peak memory | no /proc: not measured |")
 	} else {
-		fmt.Printf("| peak memory, 10000 listings, hits on 64 connections | %d MB |\n", kB/1024)
+		fmt.Printf("| peak memory, %d listings, %s | %d MB |\n", listings, about, kB/1024)
 	}
-	p.command.Process.Signal(syscall.SIGTERM)
-	if status := p.wait(b); status != 0 {
-		b.Errorf("the program's exit status is %d: %s", status, p.log(b))
+	p.command.Process.Kill()
+	p.wait(b)
+}
+
+func hits(b *testing.B, url string) {
+	load := get(url, "")
+	load.Connections, load.For = 64, 4*benchFor
+	load.run(b)
+}
+
+// stalledReaders ask for the list and read its first bytes.
+func stalledReaders(b *testing.B, url string) {
+	for range 64 {
+		load := get(url, "")
+		conn, err := net.Dial("tcp", load.Address)
+		if err == nil {
+			b.Cleanup(func() { conn.Close() })
+			fmt.Fprint(conn, load.Request)
+			_, err = io.ReadFull(conn, make([]byte, 1024))
+		}
+		if err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+// benchGrowth reads on 32 connections while one writes more and more often: fewer and fewer fills survive.
+func benchGrowth(b *testing.B, listings uint) {
+	p := start(b, options{rows: listings})
+	load := get(p.url, "")
+	load.Connections, load.For = 32, 4*benchFor
+	for _, rate := range []int{0, 10, 30, 100, 300} {
+		stop := make(chan struct{})
+		var writer sync.WaitGroup
+		if rate > 0 {
+			writer.Go(func() {
+				tick := time.NewTicker(time.Second / time.Duration(rate))
+				defer tick.Stop()
+				for {
+					select {
+					case <-stop:
+						return
+					case <-tick.C:
+						if e, err := p.send("PUT", "/properties/1/", validProperty); err != nil || e.StatusCode != 200 {
+							b.Errorf("PUT: %v", err)
+						}
+					}
+				}
+			})
+		}
+		before := p.cache.pages.metrics()
+		result := load.run(b)
+		after := p.cache.pages.metrics()
+		close(stop)
+		writer.Wait()
+		fmt.Printf("| %d | %d | %.0f%% | %.0f |\n", listings, rate, 100*float64(after.Hits-before.Hits)/float64(result.Requests), result.rate())
 	}
 }
