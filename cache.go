@@ -299,8 +299,11 @@ func (l *level[T]) lookUp(ctx context.Context, key string, ttl time.Duration, lo
 		}
 	}
 	start := time.Now()
-	if a.value, err = load(ctx); err != nil || a.outcome == bypassed || s != l.cache.session.Load() {
+	if a.value, err = load(ctx); err != nil || a.outcome == bypassed {
 		return a, err
+	}
+	if s != l.cache.session.Load() { // a write may have come that couldn't tell Redis: others would get the old rows
+		return a, nil
 	}
 	conn.Send("MULTI")
 	bytes := l.store(conn, key, a.value, ttl)

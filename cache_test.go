@@ -272,6 +272,30 @@ func TestWriteWhileHealing(t *testing.T) {
 	}
 }
 
+// So a session must be there before it invalidates: a write that finds none relies on an invalidation to come.
+func TestSessionIsThereBeforeItsInvalidation(t *testing.T) {
+	network := newProxy(t, hostPort(t, services.redisURL))
+	network.set(t, slow) // so that a session takes its time to start
+	eventually(t, "a session is seen that hasn't started yet", func() bool {
+		c := newCache(withHost(t, services.redisURL, network.addr), nil)
+		healed := make(chan error, 1)
+		go func() { healed <- c.heal() }()
+		for {
+			select {
+			case err := <-healed:
+				t.Logf("not seen (%v)", err)
+				return false
+			case <-time.After(time.Millisecond):
+				if s := c.session.Load(); s != nil && !s.trusted() {
+					<-healed
+					s.Close()
+					return true
+				}
+			}
+		}
+	})
+}
+
 // Whatever lies at our keys that we didn't put there is not served, and is gone soon.
 func TestGarbageInRedis(t *testing.T) {
 	page, list := pageKey("/properties/", false), allPropertiesKey
