@@ -1,18 +1,12 @@
-// cache.go: two levels of cache in Redis, and the rules that keep them right. Django: utils.py, @cache_page,
-// django.core.cache.
+// cache.go: two levels of cache in Redis. Django: utils.py, @cache_page, django.core.cache.
 //
 //	GET /properties/ → page:/properties/ (15 minutes) → all_properties (1 hour) → PostgreSQL
 //
-// A cache that serves what is no longer so has lied. Three rules prevent that:
-//
-//  1. A fill loses to a write: see lookUp.
-//  2. Nobody gets an answer whose reading began before they asked: see coalescer.
-//  3. Redis is trusted only after an invalidation has succeeded since its last error: see session.
+// README.md has the four rules. Rule 2 is kept in part 2, rule 1 in part 3, rule 3 in part 4, and rule 4 in signals.go.
 
 package main
 
 import (
-	"bytes"
 	"compress/gzip"
 	"context"
 	"crypto/rand"
@@ -26,6 +20,7 @@ import (
 	"net/http"
 	"net/url"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -35,91 +30,412 @@ import (
 	"github.com/gomodule/redigo/redis"
 )
 
+// Part 1: the levels and the page
+//
+// The page is the finished answer; the list below it spares PostgreSQL when a page is missing. README.md says more.
+
 const (
 	allPropertiesKey = "all_properties"
 	allPropertiesTTL = time.Hour
-
-	// fenceKey holds a new value after every invalidation. It has no TTL; if Redis evicts it, that counts
-	// as a change to it, and at most a fill is lost.
-	fenceKey = "properties:fence"
-
-	// redisTimeout bounds each connect, read and write. Redis answers in well under a millisecond, and a
-	// hung one holds up the requests in flight this long, once. Much less would take a busy processor for
-	// a hung Redis; with this, 500 steady clients on 2 cores never cost the trust.
+	fenceKey         = "properties:fence" // what each invalidation changes: see part 3. It has no TTL; if it is evicted, a fill is lost.
+	// redisTimeout bounds a connect and the reply to a small command: what a hung Redis costs the requests in flight, once.
+	// Less would mistake a busy processor for a hung Redis: 500 steady clients on 2 cores never met this.
 	redisTimeout = 250 * time.Millisecond
-
-	healEvery = 250 * time.Millisecond // hits may stay away this long after Redis is back
+	bodyTimeout  = time.Second             // for what carries a list: 2.7 MB (10,000 listings) at 5 MB/s take half of it
+	beatInterval = 250 * time.Millisecond  // how often Redis is looked at, and how long hits may stay away once it is back
+	noAnswer     = "Redis does not answer" // why it is bypassed after an error of the connection
 )
 
-// pageKey is where the answer to GET path is stored, and its gzip form beside it.
-func pageKey(path string, gzipped bool) string {
-	if gzipped {
-		return "page:" + path + ":gzip"
-	}
-	return "page:" + path
-}
+// pageKey is where the answer to GET path is stored; gzipKey is where its gzipped form is.
+func pageKey(path string) string { return "page:" + path }
+func gzipKey(path string) string { return pageKey(path) + ":gzip" }
 
-// cache is Redis with its two levels.
+// A cache is Redis with its two levels.
 type cache struct {
-	url     string
-	query   func(context.Context) ([]property, error)
-	session atomic.Pointer[session] // nil at first and after an error: Redis is bypassed
+	query func(context.Context) ([]property, error) // what lies below both levels: PostgreSQL
+	pages level
+	lists level
+	kept  sync.Map // page key → the *entry last seen there, used only while Redis confirms its id
 
-	lists  level[[]byte]
-	pages  level[*page]
-	inHand sync.Map // page key → the *page last seen there, used only if Redis has its ETag
+	url     string
+	session atomic.Pointer[redis.Pool] // nil: Redis is bypassed
+	history string                     // of Redis, when the session started; only beat uses it
+	metrics sync.Mutex                 // held while Redis is asked for its metrics
+
+	mu       sync.Mutex // held while an invalidation is sent, and when a session starts or ends; guards owes
+	owes     bool       // Redis may hold outdated data: it is owed an invalidation
+	bypassed reason     // why Redis is bypassed
 }
 
-// newCache is a cache that bypasses Redis until heal, which run calls, has reached it.
+// newCache returns a cache that bypasses Redis until beat has started a session.
 func newCache(url string, query func(context.Context) ([]property, error)) *cache {
 	c := &cache{url: url, query: query}
-	c.lists = level[[]byte]{cache: c, find: findList, store: storeList}
-	c.pages = level[*page]{cache: c, find: c.findPage, store: c.storePage}
+	c.lists = level{cache: c, find: findList, store: storeList}
+	c.pages = level{cache: c, find: c.findPage, store: c.storePage}
 	return c
 }
 
-// A session is a time with one Redis process and without an error. Rule 3: it starts with an invalidation, and
-// is trusted from then on, until its first error.
-//
-// For an error may mean that an invalidation was lost, or that Redis came back with old data. So reads and
-// writes alike bypass Redis until the next session has started. That one mechanism covers a Redis that is
-// down at start, dies, hangs, loses a DEL or holds garbage, and a program that crashed between its commit
-// and its DEL, since it begins without a session.
-type session struct {
-	*redis.Pool
-	started atomic.Bool
+// A level is one of the two caches: how Redis holds its entries, and what became of its requests.
+type level struct {
+	cache     *cache
+	find      func(conn redis.Conn, key string) (*entry, error) // nil if Redis has none
+	store     func(conn redis.Conn, key string, e *entry, ttl time.Duration)
+	groups    sync.Map               // key → *group; keys are few, so they stay
+	requests  [outcomes]atomic.Int64 // by outcome
+	coalesced atomic.Int64           // requests that shared a look-up which another request had started
 }
 
-func (s *session) trusted() bool { return s != nil && s.started.Load() }
+// An entry is what a level stores: a body and, for a page, its headers. A cached view writes its answer to one.
+type entry struct {
+	status int
+	header http.Header
+	body   []byte
+}
 
-// newSession dials with timeouts (redigo's own are 30 s, or none) and stays with the process that it met first.
-//
-// A pool dials anew without telling, and a Redis that restarted may have loaded an old snapshot: such a
-// connection is refused, so that it counts as an error like any other. TestOnBorrow would hide the error.
-func (c *cache) newSession() *session {
-	var meet sync.Once
-	var met string // the run_id of the process
-	dial := func() (redis.Conn, error) {
-		conn, err := redis.DialURL(c.url, redis.DialConnectTimeout(redisTimeout), redis.DialReadTimeout(redisTimeout),
-			redis.DialWriteTimeout(redisTimeout), redis.DialTLSHandshakeTimeout(redisTimeout))
-		if err != nil {
-			return nil, err
-		}
-		info, err := redis.String(conn.Do("INFO", "server"))
-		if err != nil {
-			conn.Close()
-			return nil, err
-		}
-		id := infoField(info, "run_id")
-		meet.Do(func() { met = id })
-		if id != met {
-			conn.Close()
-			return nil, errors.New("redis has restarted")
-		}
-		return conn, nil
+func (e *entry) Header() http.Header         { return e.header }
+func (e *entry) WriteHeader(status int)      { e.status = max(e.status, status) } // so that a later 200 hides no error
+func (e *entry) Write(b []byte) (int, error) { e.body = append(e.body, b...); return len(b), nil }
+
+// id names one fill. (The ETag alone would give an older fill's Date, and so a wrong Age.)
+func (e *entry) id() string { return e.header.Get("ETag") + " " + e.header.Get("Date") }
+
+// A result is the entry that a level found or loaded, and how.
+type result struct {
+	*entry
+	outcome outcome
+}
+type outcome int
+
+const (
+	miss     outcome = iota // Redis did not have it, and still does not: the fill lost to a write, or failed
+	stored                  // Redis did not have it, and has it now
+	hit                     // Redis had it
+	bypassed                // Redis was not asked, or did not answer
+	outcomes
+)
+
+// getAllProperties returns all properties as a JSON array, from all_properties or PostgreSQL.
+func (c *cache) getAllProperties() ([]byte, error) {
+	a, err := c.lists.getOrSet(allPropertiesKey, allPropertiesTTL, func(ctx context.Context) (*entry, error) {
+		list, err := c.query(ctx)
+		return &entry{body: encode(list)}, err
+	})
+	if err != nil {
+		return nil, err
 	}
-	// MaxIdle: one for each of 16 writers, as many as PostgreSQL is asked to serve.
-	return &session{Pool: &redis.Pool{Dial: dial, MaxIdle: 16}}
+	return a.body, nil // bytes, because to decode 10,000 properties takes longer than to query them
+}
+
+// getOrSet returns the entry at key, or loads it and stores it for ttl. Django: cache.get_or_set.
+func (l *level) getOrSet(key string, ttl time.Duration, load func(context.Context) (*entry, error)) (result, error) {
+	g, _ := l.groups.LoadOrStore(key, new(group))
+	a, shared, err := g.(*group).do(answerTimeout, func(ctx context.Context) (result, error) { return l.lookUp(ctx, key, ttl, load) })
+	l.requests[a.outcome].Add(1)
+	if shared {
+		l.coalesced.Add(1)
+	}
+	return a, err
+}
+
+// cachePage wraps a view so that its answer to GET comes from Redis for ttl. Django: @cache_page(60 * 15).
+// The path alone makes the key, so the view sees nothing else of the request: nobody can fill Redis with ?x=1, ?x=2, …
+// or have their own variant stored for others. (Django's key has the whole URL, and the headers that Vary names.)
+func (c *cache) cachePage(ttl time.Duration, v view) view {
+	return func(w http.ResponseWriter, r *http.Request) error {
+		path, gzipped := r.URL.Path, acceptsGzip(r.Header)
+		key := pageKey(path)
+		if gzipped {
+			key = gzipKey(path)
+		}
+		a, err := c.pages.getOrSet(key, ttl, func(ctx context.Context) (*entry, error) { return render(ctx, v, path, gzipped) })
+		if err == nil {
+			writePage(w, r, a, ttl)
+		}
+		return err
+	}
+}
+
+// render has v answer a GET of path. A page is for everybody, so v must answer 200 and set no cookie.
+func render(ctx context.Context, v view, path string, gzipped bool) (*entry, error) {
+	e := &entry{status: http.StatusOK, header: http.Header{}}
+	r := &http.Request{Method: http.MethodGet, URL: &url.URL{Path: path}, Header: http.Header{}, Body: http.NoBody}
+	if err := v(e, r.WithContext(ctx)); err != nil {
+		return nil, err
+	}
+	if e.status != http.StatusOK || e.header["Set-Cookie"] != nil {
+		return nil, fmt.Errorf("%w: %s can't be cached: its view answered %d with the headers %v", errInternal, path, e.status, e.header)
+	}
+	if gzipped {
+		plain := e.body
+		e.body = nil
+		z := gzip.NewWriter(e) // whose Write doesn't fail
+		z.Write(plain)
+		z.Close()
+		e.header.Set("Content-Encoding", "gzip")
+	}
+	e.header.Set("Content-Length", strconv.Itoa(len(e.body)))
+	e.header.Set("Date", time.Now().UTC().Format(http.TimeFormat)) // Age counts from here
+	e.header.Set("ETag", etag(e.body))
+	e.header.Set("Vary", "Accept-Encoding")
+	e.header.Set("Cache-Control", "no-cache") // keep a copy, but ask before using it: no server can recall it (Django: max-age=900)
+	return e, nil
+}
+
+// etag is a strong validator (RFC 9110 §8.8.3): another body has another tag.
+func etag(body []byte) string {
+	sum := sha256.Sum256(body)
+	return `"` + base64.RawURLEncoding.EncodeToString(sum[:16]) + `"` // 128 bits tell any two bodies apart
+}
+
+// writePage writes a page and says in Cache-Status (RFC 9211) where it came from.
+func writePage(w http.ResponseWriter, r *http.Request, res result, ttl time.Duration) {
+	h := w.Header()
+	maps.Copy(h, res.header)
+	status := [...]string{"fwd=uri-miss", "fwd=uri-miss; stored", "hit", "fwd=bypass; detail=untrusted"}[res.outcome]
+	if res.outcome == hit {
+		date, _ := http.ParseTime(res.header.Get("Date"))
+		age := max(0, time.Since(date)) // the clock of the instance that filled it may be ahead
+		h.Set("Age", strconv.Itoa(int(age.Seconds())))
+		status += fmt.Sprintf("; ttl=%d", int(max(0, ttl-age).Seconds()))
+	}
+	h.Set("Cache-Status", "redis; "+status)
+	if namesTag(r.Header["If-None-Match"], res.header.Get("ETag")) {
+		h.Del("Content-Encoding") // net/http removes Content-Type and Content-Length
+		w.WriteHeader(http.StatusNotModified)
+		return
+	}
+	w.Write(res.body)
+}
+
+// namesTag reports whether If-None-Match names the tag, by weak comparison (RFC 9110 §13.1.2).
+func namesTag(ifNoneMatch []string, tag string) bool {
+	return slices.ContainsFunc(strings.Split(strings.Join(ifNoneMatch, ","), ","), func(name string) bool {
+		name = strings.TrimSpace(name)
+		return name == "*" || strings.TrimPrefix(name, "W/") == tag
+	})
+}
+
+// acceptsGzip reports whether the client accepts gzip and does not prefer the plain form (RFC 9110 §12.5.3).
+func acceptsGzip(h http.Header) bool {
+	quality := map[string]float64{} // of each coding named
+	for coding := range strings.SplitSeq(strings.ToLower(strings.Join(h["Accept-Encoding"], ",")), ",") {
+		name, weight, _ := strings.Cut(coding+";q=1", ";") // if there are two, the first one counts
+		weight, _, _ = strings.Cut(weight, ";")
+		quality[strings.TrimSpace(name)], _ = strconv.ParseFloat(strings.TrimPrefix(strings.TrimSpace(weight), "q="), 64)
+	}
+	q, named := quality["gzip"]
+	if !named {
+		q = quality["*"]
+	}
+	return q > 0 && q >= quality["identity"]
+}
+
+// Part 2: the group
+//
+// Rule 2: a caller never gets data that was read before it asked. If callers shared the running look-up:
+//
+//  1. reader A's look-up reads the old rows
+//  2. a writer commits, invalidates, and has its answer
+//  3. reader B asks, joins A's look-up (as single-flight has it), and gets the old rows
+
+// A group runs the look-ups of one key one at a time, and lets callers share the next one. The zero value works.
+//
+//	A asks  [== call 1 ==]
+//	B, C ask    ..........[== call 2 ==]   begins after B and C asked: they share it
+//	D asks                    ..........[== call 3 ==]
+//
+// So a stampede costs one query, and hits share their look-ups, too. A caller waits for two calls at most.
+type group struct {
+	mu      sync.Mutex // guards next
+	next    *call      // the call that has not begun: whoever asks now shares it
+	running sync.Mutex // held by the call that runs
+}
+
+// A call is one run of fn, here a look-up, and what it returned.
+type call struct {
+	result result
+	err    error
+	done   chan struct{} // closed when they are there
+}
+
+// do returns what fn returns, run for this caller or for another one that shares the call, or an error after limit. (A
+// request's context would end too soon: when the client closes its sending side, and still reads.)
+func (g *group) do(limit time.Duration, fn func(context.Context) (result, error)) (r result, shared bool, err error) {
+	g.mu.Lock()
+	c := g.next
+	if shared = c != nil; !shared {
+		c = &call{done: make(chan struct{})}
+		g.next = c
+		go g.doCall(c, fn)
+	}
+	g.mu.Unlock()
+	select {
+	case <-c.done:
+		return c.result, shared, c.err
+	case <-time.After(limit):
+		return result{}, shared, context.DeadlineExceeded
+	}
+}
+
+// doCall waits until no call runs, closes c to newcomers, and runs fn with a deadline. A panic becomes c's error.
+func (g *group) doCall(c *call, fn func(context.Context) (result, error)) {
+	g.running.Lock()
+	defer g.running.Unlock()
+	runtime.Gosched() // let those who are about to ask share c: 3,200 hits then cost 220 look-ups, not 1,080 (TestCostOfHits)
+	g.mu.Lock()
+	g.next = nil
+	g.mu.Unlock()
+	ctx, cancel := context.WithTimeout(context.Background(), answerTimeout)
+	defer cancel()
+	defer close(c.done)
+	c.err = safely(func() (err error) { c.result, err = fn(ctx); return err })
+}
+
+// Part 3: the look-up
+//
+// Rule 1: a fill loses to a write. Otherwise a late fill would undo an invalidation:
+//
+//  1. reader: misses, and reads the old rows
+//  2. writer: commits the new row, and deletes the key
+//  3. reader: stores the old rows, for an hour
+//
+// So an invalidation also changes the fence. The reader WATCHes it before it reads the rows, and stores with EXEC, which
+// does nothing if the fence has changed since. (WATCH on the key itself would not notice that a missing key is deleted.)
+
+// lookUp is getOrSet for all who share it. Redis counts a hit as one look-up of a key, two if a page's body is sent.
+func (l *level) lookUp(ctx context.Context, key string, ttl time.Duration, load func(context.Context) (*entry, error)) (result, error) {
+	if pool := l.cache.session.Load(); pool != nil {
+		conn := pool.Get()
+		defer conn.Close() // undoes WATCH
+		e, err := l.find(conn, key)
+		if e != nil {
+			return result{e, hit}, nil
+		}
+		if err == nil {
+			_, err = conn.Do("WATCH", fenceKey)
+		}
+		if err == nil {
+			return l.fill(ctx, pool, conn, key, ttl, load)
+		}
+		l.cache.end(pool, conn, err)
+	}
+	e, err := load(ctx)
+	return result{e, bypassed}, err
+}
+
+// fill loads the entry and stores it, unless the fence has changed since WATCH.
+func (l *level) fill(ctx context.Context, pool *redis.Pool, conn redis.Conn, key string, ttl time.Duration,
+	load func(context.Context) (*entry, error)) (result, error) {
+	start := time.Now()
+	e, err := load(ctx)
+	if err != nil {
+		return result{nil, miss}, err
+	}
+	conn.Send("MULTI")
+	l.store(conn, key, e, ttl)
+	replies, err := redis.Values(redis.DoWithTimeout(conn, bodyTimeout, "EXEC"))
+	if errors.Is(err, redis.ErrNil) { // the fence has changed
+		slog.Info("cache: fill discarded, because a write came", "key", key)
+		return result{e, miss}, nil
+	}
+	for _, reply := range replies { // EXEC succeeds even if its commands fail
+		if refusal, ok := reply.(redis.Error); ok {
+			err = refusal
+		}
+	}
+	if err != nil {
+		l.cache.end(pool, conn, err)
+		return result{e, miss}, nil
+	}
+	slog.Info("cache: filled", "key", key, "bytes", len(e.body), "took", time.Since(start))
+	return result{e, stored}, nil
+}
+
+// all_properties is a plain string, so that redis-cli get all_properties shows it.
+func storeList(conn redis.Conn, key string, e *entry, ttl time.Duration) {
+	conn.Send("SET", key, e.body, "EX", int(ttl.Seconds()))
+}
+
+func findList(conn redis.Conn, key string) (*entry, error) {
+	reply, err := redis.DoWithTimeout(conn, bodyTimeout, "GET", key)
+	if err != nil || reply == nil {
+		return nil, err
+	}
+	list := reply.([]byte)
+	if !json.Valid(list) || list[0] != '[' {
+		return nil, redis.Error(key + " does not hold a JSON array")
+	}
+	return &entry{body: list}, nil
+}
+
+// A page is a hash. Keeping it here before EXEC is safe, because it is used only while Redis confirms its id.
+func (c *cache) storePage(conn redis.Conn, key string, e *entry, ttl time.Duration) {
+	conn.Send("HSET", key, "id", e.id(), "header", encode(e.header), "body", e.body)
+	conn.Send("EXPIRE", key, int(ttl.Seconds()))
+	c.kept.Store(key, e)
+}
+
+// findPage asks Redis for the page's id, and for the page only if it isn't the one that was kept. Redis still says
+// which page is valid, but the body (2.7 MB for 10,000 listings) needn't travel: as with a browser's If-None-Match.
+func (c *cache) findPage(conn redis.Conn, key string) (*entry, error) {
+	id, err := conn.Do("HGET", key, "id")
+	if err != nil || id == nil {
+		return nil, err
+	}
+	if kept, ok := c.kept.Load(key); ok && kept.(*entry).id() == string(id.([]byte)) {
+		return kept.(*entry), nil
+	}
+	fields, err := redis.ByteSlices(redis.DoWithTimeout(conn, bodyTimeout, "HMGET", key, "id", "header", "body"))
+	if err != nil || fields[0] == nil { // deleted meanwhile
+		return nil, err
+	}
+	e := &entry{body: fields[2]}
+	if json.Unmarshal(fields[1], &e.header) != nil || etag(e.body) != e.header.Get("ETag") {
+		return nil, redis.Error(key + " does not hold a page")
+	}
+	c.kept.Store(key, e)
+	return e, nil
+}
+
+// Part 4: the session
+//
+// Rule 3: an instance that owes Redis an invalidation pays before it reads Redis again. Otherwise:
+//
+//  1. Redis hangs: a writer commits, and its invalidation is lost
+//  2. Redis recovers, still with the old page, and serves it for 15 minutes
+//
+// A session is a time with one Redis and without an error. Any error ends it, and then reads and writes alike bypass
+// Redis, until beat starts the next one: after an invalidation, if one is owed. It is owed when
+//
+//   - an invalidation failed, or was skipped in a bypass
+//   - Redis has another history than before: it restarted, became a replica or was promoted; or the program restarted
+//   - Redis refused a command, or held a value that this program did not store: a redis.Error
+//
+// but not after an error of the connection alone, because an instance with a bad line must not empty the cache of the
+// others. (A look-up under way when a session ends may still hit: it began before the next write was answered.)
+
+// dial connects to Redis and asks for its history.
+func (c *cache) dial(known string) (conn redis.Conn, history string, err error) {
+	conn, err = redis.DialURL(c.url, redis.DialConnectTimeout(redisTimeout), redis.DialTLSHandshakeTimeout(redisTimeout),
+		redis.DialReadTimeout(redisTimeout), redis.DialWriteTimeout(bodyTimeout))
+	if err == nil {
+		if history, err = askHistory(conn, redisTimeout, known); err != nil {
+			conn.Close()
+		}
+	}
+	return conn, history, err
+}
+
+// askHistory returns what changes whenever Redis may hold other data. It fails if known is set and differs.
+func askHistory(conn redis.Conn, timeout time.Duration, known string) (string, error) {
+	info, err := redis.String(redis.DoWithTimeout(conn, timeout, "INFO"))
+	history := infoField(info, "run_id") + infoField(info, "role") + infoField(info, "master_replid") // process, role, replication
+	if err == nil && infoField(info, "run_id") == "" {
+		err = redis.Error("INFO has no run_id, so a restart of Redis would go unnoticed")
+	} else if err == nil && known != "" && known != history {
+		err = redis.Error("Redis restarted, became a replica or was promoted: it may hold outdated data")
+	}
+	return history, err
 }
 
 // infoField finds a field in a reply to INFO; "" if it isn't there.
@@ -129,459 +445,127 @@ func infoField(info, name string) string {
 	return value
 }
 
-// run heals the cache whenever Redis is bypassed, until ctx is done, and then closes it.
+// run calls beat until ctx is done, and then closes the connections.
 func (c *cache) run(ctx context.Context) {
 	for ctx.Err() == nil {
-		if c.session.Load() == nil {
-			c.heal() // what went wrong is in the log since trust was lost
-		}
 		select {
 		case <-ctx.Done():
-		case <-time.After(healEvery):
+		case <-time.After(beatInterval):
+			c.beat()
 		}
 	}
-	if s := c.session.Swap(nil); s != nil {
-		s.Close()
+	if pool := c.session.Swap(nil); pool != nil {
+		pool.Close()
 	}
 }
 
-// heal starts a session.
-func (c *cache) heal() error {
-	s := c.newSession()
-	conn := s.Get()
-	defer conn.Close()
-	if conn.Err() != nil {
-		return conn.Err()
-	}
-	c.session.Store(s) // before the invalidation: see invalidate
-	if err := sendInvalidation(conn); err != nil {
-		c.end(s, err)
-		return err
-	}
-	s.started.Store(true)
-	slog.Info("cache: trusted")
-	return nil
-}
-
-// end ends a session, which may have ended before.
-func (c *cache) end(s *session, err error) {
-	if c.session.CompareAndSwap(s, nil) && s.trusted() {
-		slog.Warn("cache: trust lost, bypassing Redis", "err", err)
-	}
-	s.Close()
-}
-
-var errBypassed = errors.New("cache: Redis is bypassed")
-
-// do runs f on a connection of the session, or returns errBypassed. An error of f ends the session.
-func (c *cache) do(f func(redis.Conn) error) error {
-	s := c.session.Load()
-	if s == nil {
-		return errBypassed
-	}
-	conn := s.Get()
-	defer conn.Close()
-	err := f(conn)
-	if err != nil {
-		c.end(s, err)
-	}
-	return err
-}
-
-// invalidate makes both levels forget, before the write that calls for it is answered.
-//
-// While Redis is bypassed, a write doesn't wait for it: the next session is yet to start, with an invalidation
-// that comes after this write's commit. If one is just starting, its own may have come before the commit, so
-// the write sends another.
-func (c *cache) invalidate() error {
-	err := c.do(sendInvalidation)
-	if errors.Is(err, errBypassed) {
-		return nil
-	}
-	return err
-}
-
-// sendInvalidation changes the fence and deletes both levels in one transaction. The fence is SET to
-// something new and not INCRed: INCR fails on a wrong type, and EXEC would succeed all the same.
-func sendInvalidation(conn redis.Conn) error {
-	conn.Send("MULTI")
-	conn.Send("SET", fenceKey, rand.Text())
-	conn.Send("DEL", allPropertiesKey, pageKey(propertiesPath, false), pageKey(propertiesPath, true))
-	_, err := execMulti(conn)
-	return err
-}
-
-// execMulti runs what was sent since MULTI and tells whether it took effect: not if a watched key has changed.
-func execMulti(conn redis.Conn) (done bool, err error) {
-	replies, err := redis.Values(conn.Do("EXEC"))
-	if errors.Is(err, redis.ErrNil) {
-		return false, nil
-	}
-	for _, reply := range replies { // EXEC succeeds even if its commands fail
-		if failed, ok := reply.(redis.Error); ok && err == nil {
-			err = failed
-		}
-	}
-	return err == nil, err
-}
-
-// A level is one of the two caches: how its values lie in Redis, and what became of its requests.
-type level[T any] struct {
-	cache *cache
-	find  func(conn redis.Conn, key string) (value T, found bool, err error)
-	store func(conn redis.Conn, key string, value T, ttl time.Duration) (bytes int) // Sends, after MULTI
-	loads coalescer[answer[T]]
-
-	requests  [outcomes]atomic.Int64 // by how they were answered
-	coalesced atomic.Int64           // those of them that shared a look-up which another one had asked for
-}
-
-// An answer is what a level has for a key, and how it came by it.
-type answer[T any] struct {
-	value   T
-	outcome outcome
-	stored  bool // by this look-up
-}
-
-type outcome int
-
-const (
-	unanswered outcome = iota // the client left, or the load took too long or panicked
-	hit                       // Redis had it
-	miss                      // Redis was asked and did not have it
-	bypassed                  // Redis was not trusted, or failed
-	outcomes
-)
-
-// getOrSet answers with the value at key, or else with what load returns, which it stores for ttl. What load
-// returns with an error is passed on with it, and not stored. Django: cache.get_or_set.
-func (l *level[T]) getOrSet(ctx context.Context, key string, ttl time.Duration, load func(context.Context) (T, error)) (answer[T], error) {
-	a, shared, err := l.loads.do(ctx, key, func(ctx context.Context) (answer[T], error) {
-		return l.lookUp(ctx, key, ttl, load)
-	})
-	l.requests[a.outcome].Add(1)
-	if shared && a.outcome != unanswered {
-		l.coalesced.Add(1)
-	}
-	return a, err
-}
-
-// lookUp is getOrSet on behalf of everyone who waits for key.
-//
-// Rule 1, a fill loses to a write, is the order of WATCH, load and EXEC. Without it, a late fill would undo
-// an invalidation:
-//
-//  1. reader: miss, reads the old rows
-//  2. writer: commits the new row, deletes the key
-//  3. reader: stores the old rows, for an hour
-//
-// With it, step 2 changes the fence that the reader has watched since before it read the rows, and step 3
-// does nothing. (To watch the key itself would not do: deleting a key that isn't there changes nothing.)
-func (l *level[T]) lookUp(ctx context.Context, key string, ttl time.Duration, load func(context.Context) (T, error)) (a answer[T], err error) {
-	a.outcome = bypassed
-	var conn redis.Conn
-	s := l.cache.session.Load()
-	if s.trusted() {
-		conn = s.Get()
-		defer conn.Close() // undoes WATCH
-		var found bool
-		if a.value, found, err = l.find(conn, key); found {
-			a.outcome = hit
-			return a, nil
-		}
-		if err == nil {
-			_, err = conn.Do("WATCH", fenceKey)
-		}
-		if err == nil {
-			a.outcome = miss
-		} else {
-			l.cache.end(s, err)
-		}
-	}
-	start := time.Now()
-	if a.value, err = load(ctx); err != nil || a.outcome == bypassed {
-		return a, err
-	}
-	if s != l.cache.session.Load() { // a write may have come that couldn't tell Redis: others would get the old rows
-		return a, nil
-	}
-	conn.Send("MULTI")
-	bytes := l.store(conn, key, a.value, ttl)
-	if a.stored, err = execMulti(conn); err != nil {
-		l.cache.end(s, err)
-	}
-	slog.Info("cache: filled", "key", key, "bytes", bytes, "took", time.Since(start), "stored", a.stored)
-	return a, nil
-}
-
-// A coalescer runs at most one load for each key at a time. The zero value works.
-//
-// Rule 2: a load is open to whoever asks until it begins; who asks while it runs shares the next one. To
-// share the running one, as single-flight does, would break the promise to writers:
-//
-//  1. reader A's load reads the old rows
-//  2. a writer commits, invalidates, and has its answer
-//  3. reader B asks, joins A's load, and gets the old rows
-type coalescer[T any] struct {
-	mu   sync.Mutex          // guards last, and begun of its calls
-	last map[string]*call[T] // the call that came last, until it has ended: it runs, or waits for the one that does
-}
-
-// A call is one run of a load, and what it returned.
-type call[T any] struct {
-	begun bool
-	done  chan struct{} // closed when value and err are there
-	value T
-	err   error
-}
-
-// do returns what a load of key returns that begins after this call: run, or the run of another caller. It
-// stops waiting when ctx is done, or after answerWithin; the load goes on, for it isn't this caller's alone.
-func (c *coalescer[T]) do(ctx context.Context, key string, run func(context.Context) (T, error)) (value T, shared bool, err error) {
-	c.mu.Lock()
-	l := c.last[key]
-	shared = l != nil && !l.begun
-	if !shared {
-		before := l
-		l = &call[T]{done: make(chan struct{})}
-		if c.last == nil {
-			c.last = map[string]*call[T]{}
-		}
-		c.last[key] = l
-		go c.start(key, l, before, run)
-	}
-	c.mu.Unlock()
-	select {
-	case <-l.done:
-		return l.value, shared, l.err
-	case <-ctx.Done():
-		return value, shared, ctx.Err()
-	case <-time.After(answerWithin):
-		return value, shared, context.DeadlineExceeded
-	}
-}
-
-// start waits for the call before l, closes l to newcomers, runs it under a deadline of its own, and wakes
-// who waits for it. A panic becomes l's error.
-func (c *coalescer[T]) start(key string, l, before *call[T], run func(context.Context) (T, error)) {
-	if before != nil {
-		<-before.done
-	}
-	runtime.Gosched() // let those join who are about to: under load it halves the look-ups
-	c.mu.Lock()
-	l.begun = true
-	c.mu.Unlock()
-	ctx, cancel := context.WithTimeout(context.Background(), answerWithin)
-	defer cancel()
-	defer func() {
-		if p := recover(); p != nil {
-			l.err = panicked(p)
-		}
-		c.mu.Lock()
-		if c.last[key] == l {
-			delete(c.last, key)
-		}
-		c.mu.Unlock()
-		close(l.done)
-	}()
-	l.value, l.err = run(ctx)
-}
-
-// getAllProperties returns all properties as a JSON array, from all_properties or PostgreSQL. (Bytes, since
-// its caller only passes them on: to decode 10,000 properties takes longer than to query them.)
-func (c *cache) getAllProperties(ctx context.Context) ([]byte, error) {
-	a, err := c.lists.getOrSet(ctx, allPropertiesKey, allPropertiesTTL, func(ctx context.Context) ([]byte, error) {
-		list, err := c.query(ctx)
-		if err != nil {
-			return nil, err
-		}
-		return encode(list), nil
-	})
-	return a.value, err
-}
-
-func findList(conn redis.Conn, key string) (list []byte, found bool, err error) {
-	list, err = redis.Bytes(conn.Do("GET", key))
-	if errors.Is(err, redis.ErrNil) {
-		return nil, false, nil
-	}
-	if err == nil && !(bytes.HasPrefix(list, []byte("[")) && json.Valid(list)) {
-		err = fmt.Errorf("%s does not hold a JSON array", key)
-	}
-	return list, err == nil, err
-}
-
-func storeList(conn redis.Conn, key string, list []byte, ttl time.Duration) int {
-	conn.Send("SET", key, list, "EX", int(ttl.Seconds()))
-	return len(list)
-}
-
-// A page is a view's answer. It is the http.ResponseWriter that the view writes to, too.
-type page struct {
-	status   int
-	header   http.Header // a cacheable page's has the ETag of body
-	body     []byte
-	storedAt time.Time // from when its age counts; in Redis, in whole seconds
-}
-
-func (p *page) Header() http.Header { return p.header }
-
-func (p *page) WriteHeader(status int) {
-	if p.status == 0 {
-		p.status = status
-	}
-}
-
-func (p *page) Write(b []byte) (int, error) {
-	p.WriteHeader(http.StatusOK)
-	p.body = append(p.body, b...)
-	return len(b), nil
-}
-
-// errUncacheable comes with a page that is for those who asked, and not for Redis.
-var errUncacheable = errors.New("not a cacheable page")
-
-// cachePage wraps a view so that its answer to GET comes from Redis for ttl. Django: @cache_page(60 * 15).
-//
-// The view gets a request that has nothing but the path: no query, no headers, no body. What it can't see
-// it can't depend on, so the path alone makes the key, and nobody can fill Redis with /properties/?x=1,
-// ?x=2, … or have their own variant stored for others. (Django makes the key of the whole URL and whatever
-// headers Vary names.) Only gzip is chosen by a header, and by us.
-func (c *cache) cachePage(ttl time.Duration, v view) view {
-	return func(w http.ResponseWriter, r *http.Request) error {
-		path, gzipped := r.URL.Path, acceptsGzip(r.Header)
-		a, err := c.pages.getOrSet(r.Context(), pageKey(path, gzipped), ttl, func(ctx context.Context) (*page, error) {
-			return render(ctx, v, path, gzipped)
-		})
-		if err != nil && !errors.Is(err, errUncacheable) {
-			return err
-		}
-		serve(w, r, a, ttl)
-		return nil
-	}
-}
-
-// render has v answer a GET of path. Only a 200 without Set-Cookie is cacheable, and nothing of what v wrote
-// before it failed.
-func render(ctx context.Context, v view, path string, gzipped bool) (*page, error) {
-	p := &page{header: http.Header{}}
-	r := &http.Request{Method: http.MethodGet, URL: &url.URL{Path: path}, Header: http.Header{}, Body: http.NoBody}
-	if err := v(p, r.WithContext(ctx)); err != nil {
-		return nil, err
-	}
-	p.WriteHeader(http.StatusOK) // as net/http does for a view that wrote nothing
-	if p.status != http.StatusOK || p.header["Set-Cookie"] != nil {
-		return p, errUncacheable
-	}
-	if gzipped {
-		p.header.Set("Content-Encoding", "gzip")
-		p.body = compress(p.body)
-	}
-	p.header.Set("Content-Length", strconv.Itoa(len(p.body)))
-	p.header.Set("ETag", etag(p.body))
-	p.header.Set("Vary", "Accept-Encoding")
-	// A browser may keep its copy but must ask before it uses it. (Django sends max-age=900, and nothing
-	// that a server does can call such a copy back.)
-	p.header.Set("Cache-Control", "no-cache")
-	p.storedAt = time.Now()
-	return p, nil
-}
-
-func compress(b []byte) []byte {
-	var compressed bytes.Buffer
-	w := gzip.NewWriter(&compressed)
-	w.Write(b) // a Buffer doesn't fail
-	w.Close()
-	return compressed.Bytes()
-}
-
-// etag is a strong validator (RFC 9110 §8.8.3): other bytes, other tag.
-func etag(body []byte) string {
-	sum := sha256.Sum256(body)
-	return `"` + base64.RawURLEncoding.EncodeToString(sum[:16]) + `"` // 128 bits tell any two bodies apart
-}
-
-// storePage keeps a page as a hash. It is in hand before EXEC; that does no harm, since only the ETag that
-// Redis names makes it an answer.
-func (c *cache) storePage(conn redis.Conn, key string, p *page, ttl time.Duration) int {
-	conn.Send("HSET", key, "etag", p.header.Get("ETag"), "stored", p.storedAt.Unix(), "header", encode(p.header), "body", p.body)
-	conn.Send("EXPIRE", key, int(ttl.Seconds()))
-	c.inHand.Store(key, p)
-	return len(p.body)
-}
-
-// findPage asks Redis for the ETag, and for the page only if it has another one than the page in hand: as
-// If-None-Match does for a browser. What is fresh is still for Redis to say; the body (2.7 MB for 10,000
-// listings) just needn't travel for it.
-func (c *cache) findPage(conn redis.Conn, key string) (*page, bool, error) {
-	fields, err := redis.ByteSlices(conn.Do("HMGET", key, "etag", "stored"))
-	if err != nil || fields[0] == nil {
-		return nil, false, err
-	}
-	p := page{status: http.StatusOK}
-	if held, ok := c.inHand.Load(key); ok && held.(*page).header.Get("ETag") == string(fields[0]) {
-		p = *held.(*page)
-	} else {
-		fields, err = redis.ByteSlices(conn.Do("HMGET", key, "etag", "stored", "header", "body"))
-		if err != nil || fields[0] == nil {
-			return nil, false, err
-		}
-		p.body = fields[3]
-		if err := json.Unmarshal(fields[2], &p.header); err != nil || etag(p.body) != p.header.Get("ETag") {
-			return nil, false, fmt.Errorf("%s does not hold a page", key)
-		}
-		c.inHand.Store(key, &p)
-	}
-	seconds, err := strconv.ParseInt(string(fields[1]), 10, 64)
-	if err != nil {
-		return nil, false, fmt.Errorf("%s does not say when it was stored", key)
-	}
-	p.storedAt = time.Unix(seconds, 0)
-	return &p, true, nil
-}
-
-// serve writes a page and says in Cache-Status (RFC 9211) where it came from.
-func serve(w http.ResponseWriter, r *http.Request, a answer[*page], ttl time.Duration) {
-	p, h := a.value, w.Header()
-	maps.Copy(h, p.header)
-	status := "redis; fwd=uri-miss"
-	switch {
-	case a.outcome == bypassed:
-		status = "redis; fwd=bypass; detail=untrusted"
-	case a.outcome == hit:
-		age := max(0, time.Since(p.storedAt))
-		h.Set("Age", strconv.Itoa(int(age.Seconds())))
-		status = "redis; hit; ttl=" + strconv.Itoa(int(max(0, ttl-age).Seconds()))
-	case a.stored:
-		status += "; stored"
-	}
-	h.Set("Cache-Status", status)
-	if tags := r.Header["If-None-Match"]; len(tags) > 0 && p.status == http.StatusOK && p.header.Get("ETag") != "" {
-		// ServeContent knows lists, weak tags and *. It gets to see no Range and no If-Match, which it
-		// would answer too. Without a condition Write is faster: ServeContent copies in small pieces.
-		conditional := &http.Request{Method: r.Method, Header: http.Header{"If-None-Match": {strings.Join(tags, ",")}}}
-		http.ServeContent(w, conditional, "", time.Time{}, bytes.NewReader(p.body))
+// beat starts a session if there is none, and else ends one whose Redis has another history by now.
+func (c *cache) beat() {
+	pool := c.session.Load()
+	if pool == nil {
+		c.start()
 		return
 	}
-	w.WriteHeader(p.status)
-	w.Write(p.body)
+	conn := pool.Get()
+	defer conn.Close()
+	if _, err := askHistory(conn, bodyTimeout, c.history); err != nil { // nobody waits for it: let it take its time
+		c.end(pool, conn, err)
+	}
 }
 
-// acceptsGzip tells whether Accept-Encoding allows gzip and likes it no less than the plain form (RFC 9110
-// §12.5.3).
-func acceptsGzip(h http.Header) bool {
-	quality := map[string]float64{} // of each coding named
-	for coding := range strings.SplitSeq(strings.Join(h["Accept-Encoding"], ","), ",") {
-		name, weight, weighted := strings.Cut(strings.ToLower(coding), ";")
-		q := 1.0
-		if weighted {
-			q, _ = strconv.ParseFloat(strings.TrimPrefix(strings.TrimSpace(weight), "q="), 64) // 0 if it is no number
+// start starts a session, after it has paid what is owed. (Writes wait meanwhile, for twice redisTimeout at most.)
+func (c *cache) start() {
+	conn, history, err := c.dial("")
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err == nil {
+		defer conn.Close()
+		c.owes = c.owes || history != c.history
+		if c.owes {
+			_, err = invalidateOnce(conn, rand.Text())
 		}
-		quality[strings.TrimSpace(name)] = q
 	}
-	q, named := quality["gzip"]
-	if !named {
-		q = quality["*"]
+	if err != nil {
+		c.bypass(err)
+		return
 	}
-	return q > 0 && q >= quality["identity"]
+	slog.Info("cache: Redis is in use", "invalidated", c.owes)
+	c.owes, c.history = false, history
+	c.bypassed.set("", "", nil)
+	// Each key has one look-up at a time, and beat, an invalidation and the metrics take one connection each: about 6. The
+	// pool closes those idle for 0.5 s, because Redis might: its own limit is never under 1 s.
+	c.session.Store(&redis.Pool{MaxActive: 16, MaxIdle: 8, IdleTimeout: 2 * beatInterval, Dial: func() (redis.Conn, error) {
+		conn, _, err := c.dial(history)
+		return conn, err
+	}})
+}
+
+// end ends pool's session because of err on conn. It does nothing if that session is over.
+func (c *cache) end(pool *redis.Pool, conn redis.Conn, err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.session.Load() == pool {
+		c.owes = c.owes || conn.Err() == nil // the connection is fine, so Redis refused a command, or its data are wrong
+		c.bypass(err)
+	}
+}
+
+// bypass closes the session, if there is one, and notes and logs why. The caller holds mu.
+func (c *cache) bypass(err error) {
+	if pool := c.session.Swap(nil); pool != nil {
+		pool.Close()
+	}
+	why := noAnswer
+	if refusal, ok := errors.AsType[redis.Error](err); ok {
+		why = string(refusal)
+	}
+	c.bypassed.set("cache: Redis is bypassed", why, err)
+}
+
+// A reason is why something doesn't work, or "".
+type reason struct{ atomic.Value }
+
+func (r *reason) get() string { why, _ := r.Load().(string); return why }
+
+// set notes a reason, and logs what doesn't work if the reason is new; "" clears it.
+func (r *reason) set(what, why string, err error) {
+	if before := r.Swap(why); why != "" && why != before {
+		slog.Warn(what, "why", why, "err", err)
+	}
+}
+
+// invalidate deletes the entries of both levels, once for each transaction. A write's own signal and each instance's
+// announcement all call it: the first does the work, and the rest find it done, so they discard no later fill.
+func (c *cache) invalidate(transaction string) {
+	c.mu.Lock() // until Redis has the invalidation, or is owed it
+	defer c.mu.Unlock()
+	pool := c.session.Load()
+	if pool == nil {
+		if !c.owes {
+			slog.Info("cache: Redis is bypassed, and owed an invalidation", "transaction", transaction)
+		}
+		c.owes = true
+		return
+	}
+	conn := pool.Get()
+	defer conn.Close()
+	if first, err := invalidateOnce(conn, transaction); err != nil {
+		c.owes = true
+		c.bypass(err)
+	} else if first {
+		slog.Info("cache: invalidated", "transaction", transaction)
+	}
+}
+
+// invalidation remembers a transaction for a minute, changes the fence and deletes both levels, all at once.
+var invalidation = redis.NewScript(5, `
+if not redis.call('SET', KEYS[1], '', 'NX', 'EX', 60) then return 0 end
+redis.call('SET', KEYS[2], ARGV[1]) -- INCR would fail if somebody put another type there
+redis.call('DEL', KEYS[3], KEYS[4], KEYS[5])
+return 1`)
+
+// invalidateOnce reports whether it was the first to invalidate for the transaction.
+func invalidateOnce(conn redis.Conn, transaction string) (first bool, err error) {
+	return redis.Bool(invalidation.Do(conn, "properties:invalidated:"+transaction, fenceKey,
+		allPropertiesKey, pageKey(propertiesPath), gzipKey(propertiesPath), rand.Text()))
 }

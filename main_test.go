@@ -7,8 +7,11 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"crypto/x509"
 	"database/sql"
 	"encoding/json"
+	"encoding/pem"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -35,6 +38,7 @@ import (
 var services struct {
 	database *pgx.ConnConfig
 	redisURL string
+	redis    redis.Conn
 }
 
 func TestMain(m *testing.M) {
@@ -50,31 +54,28 @@ func TestMain(m *testing.M) {
 }
 
 func withServices(run func() int) int {
-	databaseURL, redisURL := os.Getenv("DATABASE_URL"), os.Getenv("REDIS_URL")
-	config, err := pgx.ParseConfig(databaseURL)
-	if databaseURL == "" || redisURL == "" || err != nil {
-		return refuse("DATABASE_URL and REDIS_URL are not both set")
+	if os.Getenv("DATABASE_URL") == "" || os.Getenv("REDIS_URL") == "" {
+		return giveUp("DATABASE_URL and REDIS_URL are not both set")
+	}
+	env := settings{addr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)}}
+	if err := env.readEnvironment(); err != nil {
+		return giveUp(err.Error())
 	}
 	ctx := context.Background()
-	admin := stdlib.OpenDB(*config)
+	admin := stdlib.OpenDB(*env.database)
 	defer admin.Close()
 	database := "properties_test_" + strings.ToLower(rand.Text()[:8])
 	if _, err := admin.ExecContext(ctx, "CREATE DATABASE "+database); err != nil {
-		return refuse(err.Error())
+		return giveUp(err.Error())
 	}
 	defer admin.ExecContext(ctx, "DROP DATABASE "+database+" WITH (FORCE)")
-	services.database, services.redisURL = config.Copy(), redisURL
+	services.database = env.database.Copy()
 	services.database.Database = database
-
-	conn, err := redis.DialURL(redisURL)
-	if err != nil {
-		return refuse(err.Error())
+	var err error
+	if services.redisURL, services.redis, err = claimRedis(env.redisURL); err != nil {
+		return giveUp(err.Error())
 	}
-	defer conn.Close()
-	if keys, err := redis.Int(conn.Do("DBSIZE")); err != nil || keys > 0 {
-		return refuse(fmt.Sprintf("the Redis database of REDIS_URL holds %d keys (%v): the tests want an empty one", keys, err))
-	}
-	defer conn.Do("FLUSHDB")
+	defer services.redis.Do("FLUSHDB")
 
 	if os.Getenv("TEST_LOG") == "" { // set it to see the program's log
 		slog.SetDefault(slog.New(slog.DiscardHandler))
@@ -82,7 +83,35 @@ func withServices(run func() int) int {
 	return run()
 }
 
-func refuse(why string) int {
+const claimKey = "properties:tests"
+
+// claimRedis finds a Redis database that the program in use doesn't have, the last one that is empty, and puts a key
+// there. It looks and puts in one step, so that other tests at the same time take another one.
+func claimRedis(rawURL string) (string, redis.Conn, error) {
+	u, err := url.Parse(rawURL)
+	if err != nil {
+		return "", nil, err
+	}
+	refusal := "each has keys"
+	for n := 15; n > 0; n-- {
+		u.Path = fmt.Sprintf("/%d", n)
+		conn, err := redis.DialURL(u.String())
+		if err != nil { // there may be fewer than 16
+			refusal = err.Error()
+			continue
+		}
+		const claim = `return redis.call('DBSIZE') == 0 and redis.call('SET', KEYS[1], ARGV[1])`
+		if _, err = redis.String(conn.Do("EVAL", claim, 1, claimKey, os.Getpid())); err == nil {
+			return u.String(), conn, nil
+		}
+		if conn.Close(); err != redis.ErrNil {
+			refusal = err.Error()
+		}
+	}
+	return "", nil, fmt.Errorf("none of Redis's databases 1 to 15 can be used: %s", refusal)
+}
+
+func giveUp(why string) int {
 	fmt.Fprintf(os.Stderr, "The tests need PostgreSQL and Redis: %s.\nRun them with: scripts/with-services go test -race ./...\n", why)
 	return 1
 }
@@ -101,7 +130,13 @@ type options struct {
 	redisURL   string
 	writeToken string
 	rows       uint // seeded
+
+	// query wraps the query of the list.
+	query func(listQuery) listQuery
 }
+
+// A listQuery is what a cache loads the list with.
+type listQuery = func(context.Context) ([]property, error)
 
 // start starts a program with an empty cache and no rows but those of the options.
 func start(t testing.TB, o options) *program {
@@ -119,26 +154,25 @@ func startAnother(t testing.TB, o options) *program {
 	if o.redisURL == "" {
 		o.redisURL = services.redisURL
 	}
-	db := stdlib.OpenDB(*o.database)
-	t.Cleanup(func() { db.Close() })
+	db, health := openDB(o.database, 16), openDB(o.database, 1)
+	t.Cleanup(func() { db.Close(); health.Close() })
 	if err := prepare(t.Context(), db, o.rows); err != nil {
 		t.Fatal(err)
 	}
-	a := newApp(db, o.redisURL, o.writeToken)
-	a.cache.heal() // may fail: some tests start without Redis
-	ctx, cancel := context.WithCancel(context.Background())
-	stopped := make(chan struct{})
-	go func() { a.cache.run(ctx); close(stopped) }()
-	t.Cleanup(func() {
-		cancel()
-		<-stopped
-	})
-	return &program{app: a, url: newServer(t, a.routes()), db: db, redis: dialRedis(t, services.redisURL)}
+	a := newApp(db, health, &settings{database: o.database, redisURL: o.redisURL, writeToken: o.writeToken})
+	if o.query != nil {
+		a.cache.query = o.query(a.cache.query)
+	}
+	p := &program{app: a, db: db, redis: dialRedis(t, services.redisURL)}
+	t.Cleanup(a.startBackground()) // Redis may be away: some tests start without it
+	p.url = newServer(t, a.routes())
+	return p
 }
 
-func (p *program) trusted() bool { return p.cache.session.Load().trusted() }
+// trusted reports whether the program uses Redis.
+func (p *program) trusted() bool { return p.cache.session.Load() != nil }
 
-// reset drops the tables and the keys of the test before.
+// reset drops the tables and the keys of the test before, but for the claim.
 func reset(t testing.TB) {
 	t.Helper()
 	db := stdlib.OpenDB(*services.database)
@@ -146,7 +180,11 @@ func reset(t testing.TB) {
 	if _, err := db.Exec(`DROP SCHEMA public CASCADE; CREATE SCHEMA public`); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := dialRedis(t, services.redisURL).Do("FLUSHDB"); err != nil {
+	conn := dialRedis(t, services.redisURL)
+	conn.Send("MULTI")
+	conn.Send("FLUSHDB")
+	conn.Send("SET", claimKey, os.Getpid())
+	if _, err := conn.Do("EXEC"); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -300,6 +338,10 @@ func TestBadSettings(t *testing.T) {
 		{"a port too high", "", map[string]string{"REDIS_URL": "redis://:s3cret@localhost:65536"}, 1, "REDIS_URL"},
 		{"a database too high", "", map[string]string{"REDIS_URL": "redis://:s3cret@localhost/99999999999999999999"}, 1, "REDIS_URL"},
 		{"two numbers", "", map[string]string{"REDIS_URL": "redis://:s3cret@localhost/1/2"}, 1, "REDIS_URL"},
+		{"a parameter", "", map[string]string{"REDIS_URL": "redis://:s3cret@localhost/0?db=1"}, 1, "REDIS_URL"},
+		{"a fragment", "", map[string]string{"REDIS_URL": "redis://:s3cret@localhost/0#1"}, 1, "REDIS_URL"},
+		{"a missing host", "", map[string]string{"REDIS_URL": "redis://:s3cret@/0"}, 1, "REDIS_URL"},
+		{"a socket", "", map[string]string{"REDIS_URL": "unix://:s3cret@/run/redis.sock"}, 1, "REDIS_URL"},
 		{"a token with a blank", "", map[string]string{"WRITE_TOKEN": "s3cret s3cret"}, 1, "WRITE_TOKEN"},
 		{"every address without a token", "-addr :8000", nil, 1, "WRITE_TOKEN"},
 		{"an outer address without a token", "-addr 192.0.2.1:8000", nil, 1, "WRITE_TOKEN"},
@@ -312,10 +354,12 @@ func TestBadSettings(t *testing.T) {
 	}
 	for _, test := range tests {
 		t.Run(test.about, func(t *testing.T) {
-			var status int
-			printed := stderr(t, func() {
-				status = run(strings.Fields(test.args), func(name string) string { return test.env[name] })
-			})
+			env := []string{"DATABASE_URL=", "REDIS_URL=", "WRITE_TOKEN="}
+			for name, value := range test.env {
+				env = append(env, name+"="+value)
+			}
+			p := runMain(t, env, strings.Fields(test.args)...)
+			status, printed := p.wait(t), p.log(t)
 			if status != test.status || !strings.Contains(printed, test.says) || strings.Contains(printed, "s3cret") {
 				t.Errorf("status %d, want %d: %s", status, test.status, printed)
 			}
@@ -324,25 +368,6 @@ func TestBadSettings(t *testing.T) {
 			}
 		})
 	}
-}
-
-// stderr returns what f prints there.
-func stderr(t *testing.T, f func()) string {
-	t.Helper()
-	read, write, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	saved := os.Stderr
-	os.Stderr = write
-	f()
-	os.Stderr = saved
-	write.Close()
-	printed, err := io.ReadAll(read)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return string(printed)
 }
 
 // The schema can be applied again and by many at once, and a seed only fills an empty table, once.
@@ -409,7 +434,7 @@ func TestWhoMayDoWhat(t *testing.T) {
 			if test.status >= 400 {
 				checkProblem(t, e)
 			}
-			if (test.status == 401) != (e.Header.Get("WWW-Authenticate") == "Bearer") {
+			if (test.status == 401) != (e.Header.Get("WWW-Authenticate") == `Bearer realm="properties"`) {
 				t.Errorf("WWW-Authenticate: %q", e.Header.Get("WWW-Authenticate"))
 			}
 		})
@@ -417,6 +442,55 @@ func TestWhoMayDoWhat(t *testing.T) {
 	for _, write := range []string{"PUT", "DELETE"} {
 		closed.want(t, 401, write, "/properties/1/", "")
 	}
+}
+
+// Load balancers may ask in HTTP/1.0 without Host. A proxy that sends another one learns what to do about it.
+func TestHostOfLoadBalancers(t *testing.T) {
+	p := start(t, options{})
+	if e := p.talk(t, "GET /healthz HTTP/1.0\r\n\r\n"); e.StatusCode != 200 {
+		t.Errorf("without Host: status %d", e.StatusCode)
+	}
+	got := checkProblem(t, p.want(t, 421, "GET", "/healthz", "", "Host", "homes.example"))
+	for _, word := range []string{"proxy", "Host", "localhost", "WRITE_TOKEN"} {
+		if !strings.Contains(got.Detail, word) {
+			t.Errorf("421 doesn't tell of %s: %s", word, got.Detail)
+		}
+	}
+}
+
+// talk sends raw bytes, closes the sending side as nc -N does, and reads the answer to its end.
+func (p *program) talk(t testing.TB, request string) exchange {
+	t.Helper()
+	return receive(t, p.begin(t, request))
+}
+
+// begin is talk in the background. Nobody sends or closes anything any more when it returns.
+func (p *program) begin(t testing.TB, request string) <-chan exchange {
+	t.Helper()
+	conn, err := net.Dial("tcp", strings.TrimPrefix(p.url, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	fmt.Fprint(conn, request)
+	if err := conn.(*net.TCPConn).CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	got := make(chan exchange, 1)
+	go func() {
+		response, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err != nil {
+			t.Errorf("%q: %v", request, err)
+			got <- exchange{Response: &http.Response{}}
+			return
+		}
+		body, err := io.ReadAll(response.Body)
+		if err != nil {
+			t.Errorf("%q: %v", request, err)
+		}
+		got <- exchange{response, body}
+	}()
+	return got
 }
 
 // checkProblem insists that an error is RFC 9457 and tells nothing of our inside.
@@ -437,7 +511,7 @@ func checkProblem(t *testing.T, e exchange) problem {
 			t.Errorf("the answer tells %q: %s", secret, e.body)
 		}
 	}
-	if (e.StatusCode == 503) != (e.Header.Get("Retry-After") != "") {
+	if unknown := strings.Contains(p.Detail, "may have been applied"); (e.StatusCode == 503 && !unknown) != (e.Header.Get("Retry-After") != "") {
 		t.Errorf("status %d with Retry-After: %q", e.StatusCode, e.Header.Get("Retry-After"))
 	}
 	return p
@@ -460,15 +534,15 @@ func TestPanicInView(t *testing.T) {
 // /healthz is about PostgreSQL, and names Redis and the cache.
 func TestHealth(t *testing.T) {
 	up := start(t, options{})
-	if e := up.want(t, 200, "GET", "/healthz", ""); string(e.body) != `{"cache":"in use","postgresql":"up","redis":"up"}`+"\n" {
+	if e := up.want(t, 200, "GET", "/healthz", ""); string(e.body) != `{"announcements":"heard","cache":"in use","postgresql":"up","redis":"up"}`+"\n" {
 		t.Errorf("all up: %s", e.body)
 	}
 	nobody := newProxy(t, "127.0.0.1:1")
 	withoutRedis := startAnother(t, options{redisURL: "redis://" + nobody.addr})
-	if e := withoutRedis.want(t, 200, "GET", "/healthz", ""); string(e.body) != `{"cache":"bypassed","postgresql":"up","redis":"down"}`+"\n" {
+	if e := withoutRedis.want(t, 200, "GET", "/healthz", ""); string(e.body) != `{"announcements":"heard","cache":"bypassed: Redis does not answer","postgresql":"up","redis":"down"}`+"\n" {
 		t.Errorf("without Redis: %s", e.body)
 	}
-	up.db.Close()
+	up.health.Close()
 	if e := up.want(t, 503, "GET", "/healthz", ""); !strings.Contains(string(e.body), `"postgresql":"down"`) {
 		t.Errorf("without PostgreSQL: %s", e.body)
 	}
@@ -530,6 +604,9 @@ func (p *process) serving(t testing.TB) *process {
 	return p
 }
 
+// api is the process as a program that only answers requests.
+func (p *process) api() *program { return &program{url: p.url} }
+
 // wait returns the exit status.
 func (p *process) wait(t testing.TB) int {
 	t.Helper()
@@ -552,14 +629,20 @@ func TestStopUnderLoad(t *testing.T) {
 			once := &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DisableCompression: true}}
 			for {
 				response, err := once.Get(p.url + "/properties/")
-				if err != nil {
-					failed <- nil // not accepted any more
+				if errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, io.EOF) {
+					err = nil // not accepted any more. (EOF: net/http hangs up on what it reads after Shutdown has begun.)
+				}
+				if response == nil {
+					failed <- err
 					return
 				}
 				n, err := io.Copy(io.Discard, response.Body)
 				response.Body.Close()
-				if err != nil || response.StatusCode != 200 || n != response.ContentLength {
-					failed <- fmt.Errorf("status %d, %d of %d bytes: %w", response.StatusCode, n, response.ContentLength, err)
+				if err == nil && (response.StatusCode != 200 || n != response.ContentLength) {
+					err = fmt.Errorf("status %d, %d of %d bytes", response.StatusCode, n, response.ContentLength)
+				}
+				if err != nil {
+					failed <- err
 					return
 				}
 				answered.Add(1)
@@ -608,32 +691,256 @@ func TestStopFinishesRequests(t *testing.T) {
 	}
 }
 
-// What keeps it from serving is one line and exit status 1.
-func TestCannotServe(t *testing.T) {
+// Requests that never end are cut off before Docker would kill the program, which is after 10 s.
+func TestStopCutsOff(t *testing.T) {
 	reset(t)
+	p := runMain(t, nil, "-addr", "127.0.0.1:0", "-seed", "10000").serving(t)
+	for _, request := range []string{
+		strings.Repeat("GET /properties/ HTTP/1.1\r\nHost: localhost\r\n\r\n", 50), // answers for which no buffer is large enough
+		"POST /properties/ HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nExpect: 100-continue\r\nContent-Length: 100\r\n\r\n",
+	} {
+		conn, err := net.Dial("tcp", strings.TrimPrefix(p.url, "http://"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		fmt.Fprint(conn, request)
+		if _, err := conn.Read(make([]byte, 1)); err != nil { // the answer has begun; its rest is never read
+			t.Fatal(err)
+		}
+	}
+	begin := time.Now()
+	p.command.Process.Signal(syscall.SIGTERM)
+	status := p.wait(t)
+	if took := time.Since(begin); status != 0 || took > 10*time.Second || !strings.Contains(p.log(t), "requests were cut off") {
+		t.Errorf("exit status %d after %v: %s", status, took, p.log(t))
+	}
+}
+
+// -h tells what the program is, its settings and a URL to try.
+func TestUsage(t *testing.T) {
+	p := runMain(t, nil, "-h")
+	if status := p.wait(t); status != 0 {
+		t.Errorf("exit status %d", status)
+	}
+	for _, word := range []string{"property listings", "-addr", "-seed", "DATABASE_URL", defaultDatabaseURL, "REDIS_URL", defaultRedisURL, "WRITE_TOKEN", "http://localhost:8000/properties/"} {
+		if !strings.Contains(p.log(t), word) {
+			t.Errorf("nothing about %s: %s", word, p.log(t))
+		}
+	}
+}
+
+// What keeps it from serving, and what no waiting mends, is one line with the reason, at once, and exit status 1. The
+// cache is left alone: another instance may use it.
+func TestCannotServe(t *testing.T) {
 	taken, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer taken.Close()
+	stranger, err := url.Parse(databaseURL(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	nowhere := *stranger
+	stranger.User, nowhere.Path = url.UserPassword("nobody_at_all", "s3cret"), "nowhere"
+	const anotherTable = `DROP TABLE properties; CREATE TABLE properties `
 	tests := []struct {
-		about string
-		env   []string
-		args  []string
-		says  string
+		about, says string
+		harm        string // done to the database before
+		databaseURL string
 	}{
-		{"a port that is taken", nil, []string{"-addr", taken.Addr().String()}, "address already in use"},
-		{"no PostgreSQL", []string{"DATABASE_URL=postgres://u:s3cret@127.0.0.1:1/db"}, nil, "docker compose up -d --wait"},
+		{"a port that is taken", "address already in use", ``, databaseURL(t)},
+		{"a role that isn't there, or a wrong password", `"nobody_at_all"`, ``, stranger.String()},
+		{"a database that isn't there", `database "nowhere" does not exist`, ``, nowhere.String()},
+		{"a column is missing", `location`, `ALTER TABLE properties DROP COLUMN location`, databaseURL(t)},
+		{"the dates are missing", `created_at`, `ALTER TABLE properties DROP COLUMN created_at`, databaseURL(t)},
+		{"numbers for dates", `created_at`, `ALTER TABLE properties DROP COLUMN created_at, ADD created_at bigint`, databaseURL(t)},
+		{"no number for a price", `price`, `ALTER TABLE properties DROP COLUMN price, ADD price boolean`, databaseURL(t)},
+		{"text for ids", `id`, anotherTable + `(id text, title text, description text, price numeric, location text, created_at timestamptz)`, databaseURL(t)},
+		{"text for dates", `created_at`, anotherTable + `(id bigint, title text, description text, price numeric, location text, created_at text)`, databaseURL(t)},
+		{"a date that JSON can't say", "properties_created_at_fits_json", `
+			ALTER TABLE properties DROP CONSTRAINT properties_created_at_fits_json;
+			INSERT INTO properties (title, description, price, location, created_at) VALUES ('Loft', '', 1, 'Accra', 'infinity')`, databaseURL(t)},
 	}
 	for _, test := range tests {
 		t.Run(test.about, func(t *testing.T) {
-			p := runMain(t, test.env, test.args...)
-			status := p.wait(t)
-			lines := strings.Split(strings.TrimSpace(p.log(t)), "\n")
-			if last := lines[len(lines)-1]; status != 1 || !strings.Contains(last, test.says) || strings.Contains(p.log(t), "s3cret") {
-				t.Errorf("exit status %d: %s", status, p.log(t))
+			reset(t)
+			db := openDB(services.database, 1)
+			defer db.Close()
+			if err := prepare(t.Context(), db, 0); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := db.Exec(test.harm); err != nil {
+				t.Fatal(err)
+			}
+			conn := dialRedis(t, services.redisURL)
+			conn.Do("SET", allPropertiesKey, "another instance's")
+			process := runMain(t, []string{"DATABASE_URL=" + test.databaseURL}, "-addr", taken.Addr().String())
+			status, printed := process.wait(t), process.log(t)
+			if status != 1 || !strings.Contains(printed, test.says) || strings.Contains(printed, "docker compose") || strings.Contains(printed, "s3cret") {
+				t.Errorf("exit status %d, want 1 and %s: %s", status, test.says, printed)
+			}
+			if strings.Count(printed, "\n") != 1 { // and so it didn't wait
+				t.Errorf("not one line: %s", printed)
+			}
+			if kept, err := redis.String(conn.Do("GET", allPropertiesKey)); kept != "another instance's" {
+				t.Errorf("the cache has %q (%v)", kept, err)
 			}
 		})
+	}
+}
+
+// What may pass is waited for, but not for ever: then it is exit status 1 and a line that says what to do, or whose
+// fault it is.
+func TestWaitsAtStart(t *testing.T) {
+	reset(t)
+	db := openDB(services.database, 2)
+	defer db.Close()
+	if err := prepare(t.Context(), db, 1); err != nil {
+		t.Fatal(err)
+	}
+	begin := time.Now()
+	absent := runMain(t, []string{"DATABASE_URL=postgres://u:s3cret@127.0.0.1:1/db"})
+	eventually(t, "it says that it waits", func() bool { return strings.Contains(absent.log(t), "waiting for PostgreSQL") })
+	if took := time.Since(begin); took > 5*time.Second {
+		t.Errorf("it said that it waits after %v", took)
+	}
+	waited := make(chan time.Duration, 1)
+	go func() {
+		absent.command.Wait()
+		waited <- time.Since(begin)
+	}()
+	ends := func(t *testing.T, p *process, took time.Duration, says ...string) {
+		t.Helper()
+		lines := strings.Split(strings.TrimSpace(p.log(t)), "\n")
+		for _, word := range says {
+			if !strings.Contains(lines[len(lines)-1], word) {
+				t.Errorf("it doesn't say %s: %s", word, p.log(t))
+			}
+		}
+		if status := p.command.ProcessState.ExitCode(); status != 1 || took > 15*time.Second || strings.Contains(p.log(t), "s3cret") {
+			t.Errorf("exit status %d after %v: %s", status, took, p.log(t))
+		}
+	}
+	for _, lock := range []string{
+		`LOCK TABLE properties`,
+		`SELECT pg_advisory_xact_lock(20260101)`,
+		`UPDATE properties SET price = 2`, // which only a seed waits for
+	} {
+		t.Run(lock, func(t *testing.T) {
+			tx, err := db.Begin()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer tx.Rollback()
+			if _, err := tx.Exec(lock); err != nil {
+				t.Fatal(err)
+			}
+			begin := time.Now()
+			p := runMain(t, nil, "-addr", "127.0.0.1:0", "-seed", "1")
+			p.wait(t)
+			ends(t, p, time.Since(begin), "lock")
+		})
+	}
+	took := receive(t, waited)
+	ends(t, absent, took, "docker compose up -d --wait", "scripts/with-services go run .", "connection refused")
+	if took < 9*time.Second {
+		t.Errorf("it gave up after %v", took)
+	}
+}
+
+// PostgreSQL comes up while the program waits: it serves.
+func TestPostgresComesLate(t *testing.T) {
+	reset(t)
+	network, config := proxyToPostgres(t)
+	network.set(t, refused)
+	p := runMain(t, []string{"DATABASE_URL=" + withHost(t, databaseURL(t), fmt.Sprintf("127.0.0.1:%d", config.Port))}, "-addr", "127.0.0.1:0")
+	eventually(t, "it waits", func() bool { return strings.Contains(p.log(t), "waiting for PostgreSQL") })
+	network.set(t, healthy)
+	p.serving(t).api().want(t, 201, "POST", "/properties/", validProperty)
+}
+
+// A REDIS_URL without a port means 6379, also for an IPv6 address, which redigo alone would misread.
+func TestRedisPort(t *testing.T) {
+	t.Setenv("DATABASE_URL", "")
+	for given, want := range map[string]string{
+		"": "redis://localhost:6379/0", "redis://localhost": "redis://localhost:6379", "redis://localhost:/1": "redis://localhost:6379/1",
+		"rediss://a:b@[::1]/2": "rediss://a:b@[::1]:6379/2", "redis://[::1]:6380": "redis://[::1]:6380",
+	} {
+		t.Setenv("REDIS_URL", given)
+		s := settings{addr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)}}
+		if err := s.readEnvironment(); err != nil || s.redisURL != want {
+			t.Errorf("%q is %q, want %q (%v)", given, s.redisURL, want, err)
+		}
+	}
+}
+
+// REDIS_URL's password, user, database number and TLS are used; a certificate that nobody vouches for is not.
+func TestRedisURL(t *testing.T) {
+	reset(t)
+	server := startRedis(t)
+	borrowed := httptest.NewTLSServer(nil) // its certificate is for 127.0.0.1
+	borrowed.Close()
+	certificate := borrowed.TLS.Certificates[0]
+	key, err := x509.MarshalPKCS8PrivateKey(certificate.PrivateKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	certFile, keyFile := filepath.Join(t.TempDir(), "cert"), filepath.Join(t.TempDir(), "key")
+	for file, block := range map[string]*pem.Block{certFile: {Type: "CERTIFICATE", Bytes: certificate.Certificate[0]}, keyFile: {Type: "PRIVATE KEY", Bytes: key}} {
+		if err := os.WriteFile(file, pem.EncodeToMemory(block), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	_, tlsPort, _ := strings.Cut(borrowed.Listener.Addr().String(), ":") // free again
+	server.do("CONFIG", "SET", "tls-cert-file", certFile, "tls-key-file", keyFile, "tls-auth-clients", "no", "tls-port", tlsPort)
+	server.do("ACL", "SETUSER", "someone", "on", ">s3cret2", "~*", "&*", "+@all")
+	server.do("CONFIG", "SET", "requirepass", "s3cret")
+	for _, test := range []struct{ about, url, certFile, cache string }{
+		{"password and database", "redis://:s3cret@127.0.0.1:" + server.port + "/7", "", `"in use"`},
+		{"user and password", "redis://someone:s3cret2@127.0.0.1:" + server.port, "", `"in use"`},
+		{"TLS", "rediss://:s3cret@127.0.0.1:" + tlsPort + "/3", certFile, `"in use"`},
+		{"TLS with a stranger", "rediss://:s3cret@127.0.0.1:" + tlsPort, "", `"bypassed: Redis does not answer"`},
+		{"no password", server.url, "", `"bypassed: NOAUTH Authentication required."`},
+		{"another password", "redis://:s3cret3@127.0.0.1:" + server.port, "", `"bypassed: WRONGPASS invalid username-password pair or user is disabled."`},
+	} {
+		t.Run(test.about, func(t *testing.T) {
+			p := runMain(t, []string{"REDIS_URL=" + test.url, "SSL_CERT_FILE=" + test.certFile}, "-addr", "127.0.0.1:0").serving(t)
+			p.api().want(t, 200, "GET", "/properties/", "")
+			if health := p.api().want(t, 200, "GET", "/healthz", "").body; !strings.Contains(string(health), `"cache":`+test.cache) {
+				t.Errorf("want %s: %s", test.cache, health)
+			}
+			if strings.Contains(p.log(t), "s3cret") {
+				t.Errorf("the log tells a password: %s", p.log(t))
+			}
+		})
+	}
+	for _, database := range []string{"/7", "/0", "/3"} {
+		conn := dialRedis(t, "redis://:s3cret@127.0.0.1:"+server.port+database)
+		if n, err := redis.Int(conn.Do("EXISTS", allPropertiesKey, pageKey("/properties/"))); n != 2 {
+			t.Errorf("database %s has %d of 2 keys (%v)", database, n, err)
+		}
+	}
+}
+
+// Tests that start at once take a Redis database each, and keep it.
+func TestClaimRedis(t *testing.T) {
+	reset(t) // which keeps the claim
+	claimed := make(chan string, 2)
+	for range cap(claimed) {
+		go func() {
+			claim, conn, err := claimRedis(services.redisURL)
+			if err != nil {
+				t.Error(err)
+			} else {
+				t.Cleanup(func() { conn.Do("DEL", claimKey); conn.Close() })
+			}
+			claimed <- claim
+		}()
+	}
+	if a, b := receive(t, claimed), receive(t, claimed); a == b || a == services.redisURL || b == services.redisURL {
+		t.Errorf("%s, %s and %s are not three", a, b, services.redisURL)
 	}
 }
 

@@ -3,104 +3,76 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"log/slog"
 	"math"
 	"net/http"
+	"slices"
 	"strconv"
 
 	"github.com/gomodule/redigo/redis"
 )
 
-// redisMetrics are Redis's own counts since it started, of look-ups by all its clients, and what each of
-// our levels made of its requests.
-type redisMetrics struct {
-	KeyspaceHits   int64   `json:"keyspace_hits"`
-	KeyspaceMisses int64   `json:"keyspace_misses"`
-	HitRatio       float64 `json:"hit_ratio"` // hits / (hits + misses), four decimals; 0 when there were none
-	Levels         struct {
-		Page          levelMetrics `json:"page"`
-		AllProperties levelMetrics `json:"all_properties"`
-	} `json:"levels"`
+// metrics counts a level's requests: each is a hit, a miss or bypassed, and those that shared a look-up also coalesced.
+func (l *level) metrics() map[string]int64 {
+	n := func(o outcome) int64 { return l.requests[o].Load() }
+	return map[string]int64{"hits": n(hit), "misses": n(miss) + n(stored), "bypassed": n(bypassed), "coalesced": l.coalesced.Load()}
 }
 
-// levelMetrics are the counts of a level, in this process; see level for what they mean.
-type levelMetrics struct {
-	Hits      int64 `json:"hits"`
-	Misses    int64 `json:"misses"`
-	Coalesced int64 `json:"coalesced"`
-	Bypassed  int64 `json:"bypassed"`
-}
-
-func (l *level[T]) metrics() levelMetrics {
-	return levelMetrics{l.requests[hit].Load(), l.requests[miss].Load(), l.coalesced.Load(), l.requests[bypassed].Load()}
-}
-
-// getRedisCacheMetrics asks Redis for its counts, logs them and returns them with ours. Its error is the
-// *problem to answer with.
-func (c *cache) getRedisCacheMetrics() (m redisMetrics, err error) {
-	err = c.do(func(conn redis.Conn) error {
-		info, err := redis.String(conn.Do("INFO", "stats"))
-		if err != nil {
-			return err
-		}
-		var hitsErr, missesErr error
-		m.KeyspaceHits, hitsErr = strconv.ParseInt(infoField(info, "keyspace_hits"), 10, 64)
-		m.KeyspaceMisses, missesErr = strconv.ParseInt(infoField(info, "keyspace_misses"), 10, 64)
-		return errors.Join(hitsErr, missesErr)
-	})
+// getRedisCacheMetrics returns Redis's counts of look-ups, by all its clients since it started, and hit_ratio: hits /
+// (hits + misses), four decimals, 0 if there were none (all nil without Redis); and this process's counts by level.
+func (c *cache) getRedisCacheMetrics() map[string]any {
+	m := map[string]any{"keyspace_hits": nil, "keyspace_misses": nil, "hit_ratio": nil,
+		"levels": map[string]any{"page": c.pages.metrics(), "all_properties": c.lists.metrics()}}
+	c.metrics.Lock() // a burst of requests waits its turn, on one connection
+	defer c.metrics.Unlock()
+	pool := c.session.Load()
+	if pool == nil {
+		return m
+	}
+	conn := pool.Get()
+	defer conn.Close()
+	info, err := redis.String(conn.Do("INFO", "stats"))
 	if err != nil {
-		slog.Error("redis cache metrics", "err", err)
-		return m, &problem{Status: http.StatusServiceUnavailable, Detail: "Redis does not answer."}
+		c.end(pool, conn, err)
+		return m
 	}
-	if lookUps := m.KeyspaceHits + m.KeyspaceMisses; lookUps > 0 {
-		m.HitRatio = math.Round(float64(m.KeyspaceHits)/float64(lookUps)*1e4) / 1e4
-	}
-	m.Levels.Page, m.Levels.AllProperties = c.pages.metrics(), c.lists.metrics()
-	slog.Info("redis cache metrics", "hits", m.KeyspaceHits, "misses", m.KeyspaceMisses, "hit_ratio", m.HitRatio)
-	return m, nil
+	hits, _ := strconv.ParseInt(infoField(info, "keyspace_hits"), 10, 64) // 0 if Redis doesn't tell
+	misses, _ := strconv.ParseInt(infoField(info, "keyspace_misses"), 10, 64)
+	ratio := math.Round(float64(hits)/float64(max(1, hits+misses))*1e4) / 1e4
+	slog.Info("redis cache metrics", "hits", hits, "misses", misses, "hit_ratio", ratio)
+	m["keyspace_hits"], m["keyspace_misses"], m["hit_ratio"] = hits, misses, ratio
+	return m
 }
 
-// metricsView answers GET /cache/metrics/ in JSON.
 func (c *cache) metricsView(w http.ResponseWriter, r *http.Request) error {
-	m, err := c.getRedisCacheMetrics()
-	if err != nil {
-		return err
-	}
-	writeJSON(w, http.StatusOK, "application/json", m)
-	return nil
+	return writeJSON(w, http.StatusOK, "application/json", c.getRedisCacheMetrics())
 }
 
 // prometheusView answers GET /metrics in Prometheus's text format.
 func (c *cache) prometheusView(w http.ResponseWriter, r *http.Request) error {
-	m, err := c.getRedisCacheMetrics()
-	if err != nil {
-		return err
-	}
 	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-	fmt.Fprintf(w, `# HELP redis_keyspace_hits_total Look-ups of existing keys, by all clients of this Redis.
-# TYPE redis_keyspace_hits_total counter
-redis_keyspace_hits_total %d
-# HELP redis_keyspace_misses_total Look-ups of missing keys, by all clients of this Redis.
-# TYPE redis_keyspace_misses_total counter
-redis_keyspace_misses_total %d
-# HELP redis_keyspace_hit_ratio Hits per look-up since Redis started, 0 to 1.
-# TYPE redis_keyspace_hit_ratio gauge
-redis_keyspace_hit_ratio %g
-# HELP cache_requests_total Requests answered by a cache level of this process.
-# TYPE cache_requests_total counter
-`, m.KeyspaceHits, m.KeyspaceMisses, m.HitRatio)
-	page, list := m.Levels.Page, m.Levels.AllProperties
-	const requests = "cache_requests_total{level=%q,result=\"hit\"} %d\n" +
-		"cache_requests_total{level=%[1]q,result=\"miss\"} %[3]d\n" +
-		"cache_requests_total{level=%[1]q,result=\"bypassed\"} %[4]d\n"
-	fmt.Fprintf(w, requests, "page", page.Hits, page.Misses, page.Bypassed)
-	fmt.Fprintf(w, requests, "all_properties", list.Hits, list.Misses, list.Bypassed)
-	fmt.Fprintf(w, `# HELP cache_coalesced_requests_total Those of them that shared another request's look-up.
-# TYPE cache_coalesced_requests_total counter
-cache_coalesced_requests_total{level="page"} %d
-cache_coalesced_requests_total{level="all_properties"} %d
-`, page.Coalesced, list.Coalesced)
+	metric := func(name, kind, help string, samples ...any) { // labels and value in turn
+		fmt.Fprintf(w, "# HELP %s %s\n# TYPE %[1]s %[3]s\n", name, help, kind)
+		for pair := range slices.Chunk(samples, 2) {
+			fmt.Fprintf(w, "%s%s %v\n", name, pair[0], pair[1])
+		}
+	}
+	m := c.getRedisCacheMetrics()
+	up := 0
+	if m["hit_ratio"] != nil {
+		up = 1
+		metric("redis_keyspace_hits_total", "counter", "Look-ups of existing keys, by all clients of this Redis.", "", m["keyspace_hits"])
+		metric("redis_keyspace_misses_total", "counter", "Look-ups of missing keys, by all clients of this Redis.", "", m["keyspace_misses"])
+		metric("redis_keyspace_hit_ratio", "gauge", "Hits per look-up since Redis started, 0 to 1.", "", m["hit_ratio"])
+	}
+	metric("redis_up", "gauge", "1 if Redis answered, else 0.", "", up)
+	page, list := c.pages.metrics(), c.lists.metrics()
+	metric("cache_requests_total", "counter", "Requests to a cache level of this process, by how they were answered.",
+		`{level="page",result="hit"}`, page["hits"], `{level="all_properties",result="hit"}`, list["hits"],
+		`{level="page",result="miss"}`, page["misses"], `{level="all_properties",result="miss"}`, list["misses"],
+		`{level="page",result="bypassed"}`, page["bypassed"], `{level="all_properties",result="bypassed"}`, list["bypassed"])
+	metric("cache_coalesced_requests_total", "counter", "Requests to a cache level that shared another request's look-up.",
+		`{level="page"}`, page["coalesced"], `{level="all_properties"}`, list["coalesced"])
 	return nil
 }

@@ -22,10 +22,11 @@ const (
 	cut           // the first half of each reply arrives, then the connection is reset
 	slow          // replies arrive 100 ms late, which is within the time-outs
 	slower        // replies arrive 400 ms late, which isn't
+	narrow        // all connections together carry 5 MB/s
 )
 
 func (f fault) String() string {
-	return [...]string{"healthy", "refused", "requests swallowed", "replies swallowed", "replies cut", "replies slow", "replies too slow"}[f]
+	return [...]string{"healthy", "refused", "requests swallowed", "replies swallowed", "replies cut", "replies slow", "replies too slow", "narrow"}[f]
 }
 
 type proxy struct {
@@ -36,7 +37,8 @@ type proxy struct {
 	fault    fault
 	listener net.Listener // nil while refused
 	conns    map[net.Conn]bool
-	trigger  []byte // a request that holds it makes the proxy mute
+	trigger  []byte    // a request that holds it makes the proxy mute
+	free     time.Time // when narrow has carried what it was given
 }
 
 // newProxy starts a proxy before target. It ends with the test.
@@ -167,6 +169,7 @@ func (p *proxy) carry(to, from net.Conn, filter func([]byte) ([]byte, bool)) {
 	for {
 		n, err := from.Read(buffer)
 		if n > 0 {
+			time.Sleep(p.queue(n))
 			bytes, goOn := filter(buffer[:n])
 			if _, err := to.Write(bytes); err != nil || !goOn {
 				return
@@ -176,6 +179,20 @@ func (p *proxy) carry(to, from net.Conn, filter func([]byte) ([]byte, bool)) {
 			return
 		}
 	}
+}
+
+// queue returns how long n bytes take, after those that came before.
+func (p *proxy) queue(n int) time.Duration {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.fault != narrow {
+		return 0
+	}
+	if now := time.Now(); p.free.Before(now) {
+		p.free = now
+	}
+	p.free = p.free.Add(time.Duration(n) * time.Second / 5e6)
+	return time.Until(p.free)
 }
 
 // withHost is a service's URL with another host and port.
