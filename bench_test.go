@@ -1,10 +1,10 @@
-// bench_test.go: how fast it is, next to simpler ways to serve the same bytes.
+// bench_test.go: how fast it is, and how right, next to simpler ways to serve the same bytes.
 //
 //	scripts/with-services scripts/bench
 //
-// Requests per second tell more about the machine than about the program. So all ways are measured in turn,
-// in several rounds: what else the machine does falls on all of them, and the ratios within a round hold
-// elsewhere too. Every figure is the median of the rounds.
+// Requests per second tell more about the machine than about the program. So all ways are measured
+// in turn, in several rounds: what else the machine does falls on all of them, and the ratios
+// within a round hold elsewhere, too. Every figure is the median of the rounds.
 
 package main
 
@@ -20,6 +20,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"slices"
 	"strconv"
@@ -37,8 +38,11 @@ const (
 	benchFor    = 500 * time.Millisecond // of load, for each way and round
 )
 
-// BenchmarkServing prints a table for each number of listings, and one of other figures.
+func init() { instead["BENCH_CLIENT"] = benchClient }
+
+// BenchmarkServing prints docs/measurements.md's tables.
 func BenchmarkServing(b *testing.B) {
+	b.Run("stale", benchStale)
 	for _, listings := range []uint{100, 10_000, 100_000} {
 		b.Run(fmt.Sprint(listings), func(b *testing.B) { benchWays(b, listings) })
 	}
@@ -49,17 +53,144 @@ func BenchmarkServing(b *testing.B) {
 		}
 		benchStampede(b)
 		benchWrite(b)
-		benchFreshness(b)
-		benchTrigger(b)
+		benchHeard(b)
+		benchAsking(b)
+		benchSlowRedis(b)
+		benchIdle(b)
 		benchMemory(b, 10_000, "hits on 64 connections", hits)
-		benchMemory(b, 100_000, "a fill and then 64 readers that stop reading", stalledReaders)
+		benchMemory(b, 100_000, "a fill, then 64 readers that stop reading", stalledReaders)
+		for _, clients := range []string{"4", "16"} {
+			benchTrigger(b, clients)
+		}
 	})
 	b.Run("growth", func(b *testing.B) {
-		fmt.Print("\n\n| listings | writes/s | hits | requests/s |\n| ---: | ---: | ---: | ---: |\n")
+		fmt.Print("\n\n| listings | writes/s | hits | requests/s |\n",
+			"| ---: | ---: | ---: | ---: |\n")
 		for _, listings := range []uint{100, 10_000} {
 			benchGrowth(b, listings)
 		}
 	})
+}
+
+// row prints a row of the table of others.
+func row(what, format string, values ...any) {
+	fmt.Printf("| %s | %s |\n", what, fmt.Sprintf(format, values...))
+}
+
+// A contender is a way to cache the list. It answers GET and PUT, and counts its list queries.
+type contender struct {
+	name, url string
+	queries   *atomic.Int64
+}
+
+// benchStale counts the answers that lack a write which was answered before they began, for 8
+// readers beside a writer.
+func benchStale(b *testing.B) {
+	fmt.Print("\n\n| way | writes/s | answers | stale in 10,000 | list queries/s |\n",
+		"| --- | ---: | ---: | ---: | ---: |\n")
+	for _, writes := range []int{10, 100} {
+		p := start(b, options{rows: 100})
+		var queries atomic.Int64
+		view := p.cache.list.view
+		p.cache.list.view = func(w http.ResponseWriter, r *http.Request) error {
+			queries.Add(1)
+			return view(w, r)
+		}
+		for _, c := range []contender{
+			rival(b, p, "the exercise: DEL of the list", "bench:list"),
+			rival(b, p, "GET, else SET; DEL of both", "bench:list", "bench:page"),
+			{"this program", p.url, &queries},
+		} {
+			c.measure(b, writes)
+		}
+	}
+}
+
+// rival caches the list for an hour and the page for 15 minutes. A write deletes the keys.
+func rival(b *testing.B, p *program, name string, keys ...any) contender {
+	c := contender{name: name, queries: new(atomic.Int64)}
+	pool := &redis.Pool{MaxIdle: 16, Dial: func() (redis.Conn, error) {
+		return redis.DialURL(services.redisURL, redis.DialReadTimeout(patience))
+	}}
+	b.Cleanup(func() { pool.Close() })
+	getOrSet := func(conn redis.Conn, key string, ttl int, load func() []byte) []byte {
+		if found, err := redis.Bytes(conn.Do("GET", key)); err == nil {
+			return found
+		}
+		loaded := load()
+		do(b, conn, "SET", key, loaded, "EX", ttl)
+		return loaded
+	}
+	query := func() []byte {
+		c.queries.Add(1)
+		a := &answer{header: http.Header{}}
+		r, _ := http.NewRequest("GET", "", http.NoBody)
+		if err := p.properties.allView(a, r); err != nil {
+			b.Error(err)
+		}
+		return a.Bytes()
+	}
+	c.url = newServer(b, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		conn := pool.Get()
+		defer conn.Close()
+		if r.Method == "PUT" {
+			price, _ := io.ReadAll(r.Body)
+			runSQL(b, p.db, `UPDATE properties SET price = `+string(price)+` WHERE id = 1`)
+			do(b, conn, "DEL", keys...)
+			return
+		}
+		writeBytes(w, getOrSet(conn, "bench:page", 900, func() []byte {
+			return getOrSet(conn, "bench:list", 3600, query)
+		}))
+	}))
+	return c
+}
+
+var firstPrice = regexp.MustCompile(`^\[{"id":1,[^}]*"price":"(\d+)`)
+
+// measure lets readers and a writer go for 5 s, and prints a row.
+func (c contender) measure(b *testing.B, writes int) {
+	b.Helper()
+	var newest, answers, stale atomic.Int64
+	var running sync.WaitGroup
+	p := &program{url: c.url}
+	end := time.Now().Add(5 * time.Second)
+	before := c.queries.Load()
+	running.Go(func() {
+		for n := int64(1); time.Now().Before(end); n++ {
+			body := strconv.FormatInt(n, 10)
+			if c.name == "this program" {
+				body = fmt.Sprintf(`{"title":"a","description":"","price":%d,"location":"b"}`, n)
+			}
+			if e, err := p.send("PUT", "/properties/1/", body); err != nil || e.StatusCode != 200 {
+				b.Errorf("PUT: %v", err)
+			}
+			newest.Store(n)
+			time.Sleep(time.Second / time.Duration(writes))
+		}
+	})
+	for range 8 {
+		running.Go(func() {
+			for time.Now().Before(end) {
+				want := newest.Load()
+				e, err := p.send("GET", propertiesPath, "")
+				found := firstPrice.FindSubmatch(e.body)
+				if err != nil || found == nil {
+					b.Errorf("GET: %.100s (%v)", e.body, err)
+					return
+				}
+				// The listing starts with a higher price than any that is written.
+				if shown, _ := strconv.ParseInt(string(found[1]), 10, 64); want > 0 &&
+					(shown < want || shown > 50_000) {
+					stale.Add(1)
+				}
+				answers.Add(1)
+			}
+		})
+	}
+	running.Wait()
+	fmt.Printf("| %s | %d | %d | %.1f | %.1f |\n", c.name, writes, answers.Load(),
+		1e4*float64(stale.Load())/float64(answers.Load()), float64(c.queries.Load()-before)/5)
 }
 
 // A way is one to serve the list.
@@ -81,13 +212,14 @@ func benchWays(b *testing.B, listings uint) {
 	hit := way{name: "hit", load: get(p.url, "")}
 	gzip := way{name: "gzip", load: get(p.url, "Accept-Encoding: gzip\r\n")}
 	fmt.Printf("\n\n%d listings, %d bytes\n\n", listings, len(list.body))
-	fmt.Println("| connections | way | requests/s | p50 ms | p99 ms | of memory | of obvious | of hit |")
+	fmt.Println("| connections | way | requests/s | p50 ms | p99 ms " +
+		"| of memory | of obvious | of hit |")
 	fmt.Println("| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
 	for _, connections := range []int{1, 32, 128} {
 		ways := []way{memory, obvious, hit, gzip, {name: "304", load: notModified}}
 		if connections*len(list.body) > 200<<20 {
-			// Redis counts replies that wait to be sent as memory in use. So many of them would take it over
-			// its limit of 256 MB, and it would evict every key, this one too.
+			// Redis counts replies that wait to be sent as memory in use. So many of them would
+			// take it over its limit of 256 MB, and it would evict every key, this one too.
 			ways = slices.Delete(ways, 1, 2)
 		}
 		before := p.cache.pages.metrics()
@@ -96,12 +228,14 @@ func benchWays(b *testing.B, listings uint) {
 				ways[i].measure(b, connections)
 			}
 		}
-		if after := p.cache.pages.metrics(); after["misses"]+after["bypassed"] > before["misses"]+before["bypassed"] {
+		after := p.cache.pages.metrics()
+		if after.Misses+after.Bypassed > before.Misses+before.Bypassed {
 			b.Errorf("not all were hits: %+v, then %+v", before, after)
 		}
 		for _, w := range ways {
-			fmt.Printf("| %d | %s | %.0f | %.2f | %.2f | %s | %s | %s |\n", connections, w.name, median(w.rates),
-				median(w.p50s), median(w.p99s), w.ratio("memory", ways), w.ratio("obvious", ways), w.ratio("hit", ways))
+			fmt.Printf("| %d | %s | %.0f | %.2f | %.2f | %s | %s | %s |\n", connections, w.name,
+				median(w.rates), median(w.p50s), median(w.p99s),
+				w.ratio("memory", ways), w.ratio("obvious", ways), w.ratio("hit", ways))
 		}
 	}
 }
@@ -111,7 +245,9 @@ func (w *way) measure(b *testing.B, connections int) {
 	b.Helper()
 	w.load.Connections, w.load.For = connections, benchFor
 	r := w.load.run(b)
-	w.rates, w.p50s, w.p99s = append(w.rates, r.rate()), append(w.p50s, r.P50), append(w.p99s, r.P99)
+	w.rates = append(w.rates, r.rate())
+	w.p50s = append(w.p50s, r.P50)
+	w.p99s = append(w.p99s, r.P99)
 }
 
 // ratio compares w's requests per second with those of the way named base.
@@ -136,7 +272,9 @@ func medianRatio(a, b []float64) float64 {
 
 // memoryServer writes the bytes that it was given: as fast as net/http goes.
 func memoryServer(b *testing.B, body []byte) (url string) {
-	return newServer(b, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { writeList(w, body) }))
+	return newServer(b, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		writeBytes(w, body)
+	}))
 }
 
 // obviousServer does what first comes to mind: it asks Redis for the bytes, for each request.
@@ -145,7 +283,9 @@ func obviousServer(b *testing.B, conn redis.Conn, body []byte) (url string) {
 	if _, err := conn.Do("SET", key, body); err != nil {
 		b.Fatal(err)
 	}
-	pool := &redis.Pool{MaxIdle: 128, Dial: func() (redis.Conn, error) { return redis.DialURL(services.redisURL) }}
+	pool := &redis.Pool{MaxIdle: 128, Dial: func() (redis.Conn, error) {
+		return redis.DialURL(services.redisURL, redis.DialReadTimeout(patience))
+	}}
 	b.Cleanup(func() { pool.Close(); conn.Do("DEL", key) })
 	return newServer(b, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		conn := pool.Get()
@@ -155,18 +295,18 @@ func obviousServer(b *testing.B, conn redis.Conn, body []byte) (url string) {
 			http.Error(w, err.Error(), http.StatusInternalServerError)
 			return
 		}
-		writeList(w, body)
+		writeBytes(w, body)
 	}))
 }
 
-func writeList(w http.ResponseWriter, body []byte) {
+func writeBytes(w http.ResponseWriter, body []byte) {
 	w.Header().Set("Content-Type", "application/json")
 	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
 	w.Write(body)
 }
 
-// A benchLoad is what a process of its own is told to send. (What is measured must not schedule what
-// measures it.)
+// A benchLoad is what a process of its own is told to send. (What is measured must not schedule
+// what measures it.)
 type benchLoad struct {
 	Address     string
 	Request     string
@@ -186,8 +326,13 @@ func (r benchResult) rate() float64 { return float64(r.Requests) / r.Seconds }
 // get is one GET of the list, with a header line.
 func get(serverURL, header string) benchLoad {
 	address := strings.TrimPrefix(serverURL, "http://")
-	request := "GET " + propertiesPath + " HTTP/1.1\r\nHost: " + address + "\r\n" + header + "\r\n"
-	return benchLoad{Address: address, Request: request, Status: "200", Connections: 1}
+	return benchLoad{
+		Address: address,
+		Request: "GET " + propertiesPath + " HTTP/1.1\r\nHost: " + address + "\r\n" +
+			header + "\r\n",
+		Status:      "200",
+		Connections: 1,
+	}
 }
 
 // run starts this test binary again, for TestMain to call benchClient there.
@@ -257,8 +402,8 @@ func (l benchLoad) send(conn net.Conn, end time.Time) (took []time.Duration) {
 	}
 }
 
-// readResponse does no more than it must, since it takes its time from the server's: it reads the status and
-// the length, and throws the body away.
+// readResponse does no more than it must, because it takes its time from the server's: it reads the
+// status and the length, and throws the body away.
 func (l benchLoad) readResponse(r *bufio.Reader) error {
 	line, err := r.ReadSlice('\n')
 	if !bytes.HasPrefix(line, []byte("HTTP/1.1 "+l.Status)) {
@@ -280,135 +425,196 @@ func (l benchLoad) readResponse(r *bufio.Reader) error {
 // forget empties both levels.
 func (p *program) forget(b *testing.B) {
 	b.Helper()
-	if _, err := p.redis.Do("DEL", allPropertiesKey, pageKey(propertiesPath), gzipKey(propertiesPath)); err != nil {
-		b.Fatal(err)
+	for _, s := range p.cache.slots {
+		p.do(b, "DEL", s.key)
 	}
 }
 
-// benchColdRead compares a read that finds neither level with psql. That one must start and connect first,
-// but makes no JSON of the rows and stores it nowhere, let alone twice.
+// postgresTool finds a program in Debian's folder, because the ones in PATH are scripts there.
+func postgresTool(name string) string {
+	found, _ := filepath.Glob("/usr/lib/postgresql/*/bin/" + name)
+	return append(found, name)[0]
+}
+
+// benchColdRead compares a read that finds neither level with psql. That one must start and connect
+// first, but makes no JSON of the rows and stores it nowhere, let alone twice.
 func benchColdRead(b *testing.B, listings uint) {
 	p := start(b, options{rows: listings})
-	found, _ := filepath.Glob("/usr/lib/postgresql/*/bin/psql") // Debian's own psql is a script that looks for these
-	psql := append(found, "psql")[0]
+	psql := postgresTool("psql")
 	var ours, theirs []float64 // ms
 	for range benchRounds {
 		p.forget(b)
 		ours = append(ours, get(p.url, "").run(b).P50)
 		began := time.Now()
-		if err := exec.CommandContext(b.Context(), psql, databaseURL(b), "--no-psqlrc", "-c",
-			"COPY (SELECT "+columns+" FROM properties ORDER BY id) TO STDOUT").Run(); err != nil {
-			fmt.Printf("| cold read of %d listings | no psql: not measured (%v) |\n", listings, err)
+		err := exec.CommandContext(b.Context(), psql, databaseURL(b), "--no-psqlrc", "-c",
+			"COPY (SELECT * FROM properties ORDER BY id) TO STDOUT").Run()
+		if err != nil {
+			row("cold read", "no psql: not measured (%v)", err)
 			return
 		}
 		theirs = append(theirs, time.Since(began).Seconds()*1000)
 	}
-	fmt.Printf("| cold read of %d listings, psql's COPY of them (with its start), ratio | %.0f ms, %.0f ms, %.2f |\n",
-		listings, median(ours), median(theirs), medianRatio(ours, theirs))
+	row(fmt.Sprintf("cold read of %d listings, psql's COPY of them, ratio", listings),
+		"%.0f ms, %.0f ms, %.2f", median(ours), median(theirs), medianRatio(ours, theirs))
 }
 
 // benchStampede counts the list queries that 500 clients at once cause, who find neither level.
 func benchStampede(b *testing.B) {
-	var queries atomic.Int64
-	p := start(b, options{rows: 10_000, query: func(query listQuery) listQuery {
-		return func(ctx context.Context) ([]property, error) { queries.Add(1); return query(ctx) }
-	}})
+	p := start(b, options{rows: 10_000})
 	load := get(p.url, "")
 	load.Connections = 500
 	var most int64
 	for range benchRounds {
 		p.forget(b)
-		queries.Store(0)
+		before := p.cache.lists.metrics()
 		load.run(b)
-		most = max(most, queries.Load())
+		most = max(most, p.cache.lists.metrics().Misses-before.Misses)
 	}
-	fmt.Printf("| list queries, 500 clients at once on a cold cache, 10000 listings | %d at most |\n", most)
+	row("list queries, 500 clients at once on a cold cache, 10000 listings", "%d at most", most)
 }
 
 // benchWrite times a write with the read after it, which has to fill both levels.
 func benchWrite(b *testing.B) {
 	p := start(b, options{rows: 10_000})
-	post := get(p.url, "")
+	post, body := get(p.url, ""), titled("Loft")
 	post.Status = "201"
-	post.Request = fmt.Sprintf("POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s",
-		propertiesPath, len(validProperty), validProperty)
+	post.Request = fmt.Sprintf("POST %s HTTP/1.1\r\nHost: localhost\r\n"+
+		"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s",
+		propertiesPath, len(body), body)
 	var took []float64 // ms
 	for range benchRounds {
 		took = append(took, post.run(b).P50+get(p.url, "").run(b).P50)
 	}
-	fmt.Printf("| a write and the read after it, 10000 listings | %.0f ms |\n", median(took))
+	row("a write and the read after it, 10000 listings", "%.0f ms", median(took))
 }
 
-// benchFreshness times how long it takes from a commit past the program to a list that shows it, with three instances
-// listening and a page that was warm; and it counts the invalidations in Redis that 100 writes through the program cost.
-func benchFreshness(b *testing.B) {
-	programs := []*program{start(b, options{rows: 100}), startAnother(b, options{}), startAnother(b, options{})}
-	var took []float64 // ms
+// untilShown commits past the program, and returns how many ms it took until the list showed it.
+func (p *program) untilShown(b *testing.B, n int) float64 {
+	b.Helper()
+	p.list(b, "redis")
+	title := fmt.Sprintf("fresh %d", n)
+	runSQL(b, p.db, `UPDATE properties SET title = '`+title+`' WHERE id = 1`)
+	began := time.Now()
+	for p.list(b, "redis")[0].Title != title {
+	}
+	return time.Since(began).Seconds() * 1000
+}
+
+// benchHeard has three instances that listen, and a page that was warm. It also counts what writes
+// cost Redis.
+func benchHeard(b *testing.B) {
+	server := startRedis(b)
+	o := options{rows: 100, redisURL: server.url}
+	programs := []*program{start(b, o), startAnother(b, o), startAnother(b, o)}
+	var took []float64
 	for n := range 300 {
-		p := programs[n%3]
-		p.list(b, "redis")
-		title := fmt.Sprintf("fresh %d", n)
-		if _, err := p.db.Exec(`UPDATE properties SET title = $1 WHERE id = 1`, title); err != nil {
-			b.Fatal(err)
-		}
-		began := time.Now()
-		for p.list(b, "redis")[0].Title != title {
-		}
-		took = append(took, time.Since(began).Seconds()*1000)
+		took = append(took, programs[n%3].untilShown(b, n))
 	}
 	sorted := slices.Sorted(slices.Values(took))
-	fmt.Printf("| from a commit in SQL to a list that shows it, 3 instances: median, 99th percentile | %.1f ms, %.1f ms |\n", median(took), sorted[len(sorted)*99/100])
-
-	programs[0].redis.Do("CONFIG", "RESETSTAT")
+	row("from a commit in SQL to a list that shows it, 3 instances: median, 99th percentile",
+		"%.1f ms, %.1f ms", median(took), sorted[len(sorted)*99/100])
+	server.do("CONFIG", "RESETSTAT")
 	for n := range 100 {
-		programs[n%3].want(b, 200, "PUT", "/properties/1/", validProperty)
+		programs[n%3].want(b, 200, "PUT", "/properties/1/", titled("Loft"))
 	}
-	fmt.Printf("| invalidations in Redis for 100 writes with 3 instances | %d |\n", calls(b, programs[0].redis, "del"))
+	row("invalidations in Redis for 100 writes with 3 instances", "%d", server.calls("del"))
+	server.do("CONFIG", "RESETSTAT")
+	for n := range 100 {
+		runSQL(b, programs[0].db, fmt.Sprintf(`UPDATE properties SET price = %d WHERE id = 2`, n))
+	}
+	row("the same for 100 by SQL", "%d", server.calls("del"))
 }
 
-// calls returns how often Redis has run a command since RESETSTAT.
-func calls(t testing.TB, conn redis.Conn, command string) (n int) {
-	t.Helper()
-	info, err := redis.String(conn.Do("INFO", "commandstats"))
-	if err != nil {
-		t.Fatal(err)
+// benchAsking has no trigger, so the program must ask.
+func benchAsking(b *testing.B) {
+	p := start(b, options{rows: 100})
+	runSQL(b, p.db, `ALTER TABLE properties DISABLE TRIGGER properties_announce`)
+	eventually(b, "it asks", func() bool { return p.listener.unheard.Load() != "" })
+	var took []float64
+	for n := range 20 {
+		took = append(took, p.untilShown(b, n))
 	}
-	fmt.Sscanf(infoField(info, "cmdstat_"+command), "calls=%d,", &n)
-	return n
+	row("the same without the trigger: median, worst", "%.0f ms, %.0f ms", median(took),
+		slices.Max(took))
 }
 
-// benchTrigger compares single-row updates with and without the trigger that announces them, with 4 clients of pgbench.
-func benchTrigger(b *testing.B) {
+// benchSlowRedis lets 60 clients write at once, while each reply of Redis takes 100 ms.
+func benchSlowRedis(b *testing.B) {
+	network, redisURL := proxyToRedis(b)
+	p := start(b, options{rows: 60, redisURL: redisURL})
+	p.list(b, storedStatus)
+	network.set(b, slow)
+	var running sync.WaitGroup
+	var slowest atomic.Int64
+	for id := range 60 {
+		running.Go(func() {
+			began := time.Now()
+			path := fmt.Sprintf("/properties/%d/", id+1)
+			if e, err := p.send("PUT", path, titled("Loft")); err != nil || e.StatusCode != 200 {
+				b.Errorf("PUT: %v", err)
+			}
+			for took := time.Since(began).Milliseconds(); ; {
+				if old := slowest.Load(); took <= old || slowest.CompareAndSwap(old, took) {
+					return
+				}
+			}
+		})
+	}
+	running.Wait()
+	row("60 writes at once, Redis's replies are slow: the slowest", "%d ms", slowest.Load())
+}
+
+// benchIdle counts what Redis is sent when nobody asks anything, by the commands that it has run.
+func benchIdle(b *testing.B) {
+	server := startRedis(b)
+	p := start(b, options{rows: 1, redisURL: server.url})
+	p.list(b, storedStatus)
+	commands := func() (n int) {
+		info := fmt.Sprintf("%s", server.do("INFO", "stats"))
+		_, count, _ := strings.Cut(info, "total_commands_processed:")
+		fmt.Sscan(count, &n)
+		return n
+	}
+	before := commands()
+	time.Sleep(20 * time.Second)
+	// Its own INFO is the one between them.
+	row("commands to Redis in an idle minute", "%d", 3*(commands()-before-1))
+}
+
+// benchTrigger compares single-row updates with and without the trigger that announces them.
+func benchTrigger(b *testing.B, clients string) {
 	p := start(b, options{rows: 1000})
-	found, _ := filepath.Glob("/usr/lib/postgresql/*/bin/pgbench")
 	script := filepath.Join(b.TempDir(), "update.sql")
-	if err := os.WriteFile(script, []byte("\\set id random(1, 1000)\nUPDATE properties SET price = random() * 1000 WHERE id = :id;\n"), 0o600); err != nil {
+	const update = "\\set id random(1, 1000)\n" +
+		"UPDATE properties SET price = random() * 1000 WHERE id = :id;\n"
+	if err := os.WriteFile(script, []byte(update), 0o600); err != nil {
 		b.Fatal(err)
 	}
 	rate := func() (perSecond float64) {
-		output, err := exec.CommandContext(b.Context(), append(found, "pgbench")[0], "-n", "-c", "4", "-T", "2", "-f", script, databaseURL(b)).Output()
+		output, _ := exec.CommandContext(b.Context(), postgresTool("pgbench"), "-n", "-c", clients,
+			"-T", "3", "-f", script, databaseURL(b)).Output()
 		_, rest, _ := strings.Cut(string(output), "tps = ")
-		if _, scanErr := fmt.Sscan(rest, &perSecond); err != nil || scanErr != nil {
-			return 0
-		}
+		// It stays 0 if there is no pgbench.
+		fmt.Sscan(rest, &perSecond)
 		return perSecond
 	}
 	var with, without []float64
-	for range 3 {
+	for range 5 {
+		runSQL(b, p.db, `ALTER TABLE properties ENABLE ALWAYS TRIGGER properties_announce`)
 		with = append(with, rate())
-		p.db.Exec(`ALTER TABLE properties DISABLE TRIGGER properties_announce`)
+		runSQL(b, p.db, `ALTER TABLE properties DISABLE TRIGGER properties_announce`)
 		without = append(without, rate())
-		p.db.Exec(`ALTER TABLE properties ENABLE TRIGGER properties_announce`)
 	}
-	if median(without) == 0 {
-		fmt.Println("| updates per second with the trigger | no pgbench: not measured |")
-		return
+	var fsync string
+	if err := p.db.QueryRow(`SHOW fsync`).Scan(&fsync); err != nil {
+		b.Fatal(err)
 	}
-	fmt.Printf("| single-row updates per second, 4 clients: with the trigger, without it, ratio | %.0f, %.0f, %.2f |\n",
-		median(with), median(without), medianRatio(with, without))
+	row(fmt.Sprintf("updates/s, %s clients, fsync %s: without the trigger, with it, ratio", clients,
+		fsync), "%.0f, %.0f, %.2f", median(without), median(with), medianRatio(with, without))
 }
 
-// benchMemory runs the program as a process, uses it, and asks Linux for its peak, seeding and filling included.
+// benchMemory runs the program as a process, uses it, and asks Linux for its peak, seeding and
+// filling included.
 func benchMemory(b *testing.B, listings int, about string, use func(b *testing.B, url string)) {
 	reset(b)
 	p := runMain(b, nil, "-addr", "127.0.0.1:0", "-seed", strconv.Itoa(listings)).serving(b)
@@ -416,11 +622,9 @@ func benchMemory(b *testing.B, listings int, about string, use func(b *testing.B
 	status, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.command.Process.Pid))
 	_, peak, _ := strings.Cut(string(status), "VmHWM:")
 	var kB int
-	if _, err := fmt.Sscan(peak, &kB); err != nil {
-		fmt.Println("| peak memory | no /proc: not measured |")
-	} else {
-		fmt.Printf("| peak memory, %d listings, %s | %d MB |\n", listings, about, kB/1024)
-	}
+	// It stays 0 without /proc.
+	fmt.Sscan(peak, &kB)
+	row(fmt.Sprintf("peak memory, %d listings, %s", listings, about), "%d MB", kB/1024)
 	p.command.Process.Kill()
 	p.wait(b)
 }
@@ -447,7 +651,8 @@ func stalledReaders(b *testing.B, url string) {
 	}
 }
 
-// benchGrowth reads on 32 connections while one writes more and more often: fewer and fewer fills survive.
+// benchGrowth reads on 32 connections while one writes more and more often: fewer and fewer fills
+// survive.
 func benchGrowth(b *testing.B, listings uint) {
 	p := start(b, options{rows: listings})
 	load := get(p.url, "")
@@ -456,26 +661,31 @@ func benchGrowth(b *testing.B, listings uint) {
 		stop := make(chan struct{})
 		var writer sync.WaitGroup
 		if rate > 0 {
-			writer.Go(func() {
-				tick := time.NewTicker(time.Second / time.Duration(rate))
-				defer tick.Stop()
-				for {
-					select {
-					case <-stop:
-						return
-					case <-tick.C:
-						if e, err := p.send("PUT", "/properties/1/", validProperty); err != nil || e.StatusCode != 200 {
-							b.Errorf("PUT: %v", err)
-						}
-					}
-				}
-			})
+			writer.Go(func() { p.keepWriting(b, rate, stop) })
 		}
 		before := p.cache.pages.metrics()
 		result := load.run(b)
 		after := p.cache.pages.metrics()
 		close(stop)
 		writer.Wait()
-		fmt.Printf("| %d | %d | %.0f%% | %.0f |\n", listings, rate, 100*float64(after["hits"]-before["hits"])/float64(result.Requests), result.rate())
+		share := 100 * float64(after.Hits-before.Hits) / float64(result.Requests)
+		fmt.Printf("| %d | %d | %.0f%% | %.0f |\n", listings, rate, share, result.rate())
+	}
+}
+
+// keepWriting writes so often a second, until stop.
+func (p *program) keepWriting(b *testing.B, rate int, stop <-chan struct{}) {
+	tick := time.NewTicker(time.Second / time.Duration(rate))
+	defer tick.Stop()
+	for {
+		select {
+		case <-stop:
+			return
+		case <-tick.C:
+		}
+		e, err := p.send("PUT", "/properties/1/", titled("Loft"))
+		if err != nil || e.StatusCode != 200 {
+			b.Errorf("PUT: %v", err)
+		}
 	}
 }

@@ -2,22 +2,29 @@
 //
 //	GET /properties/ → page:/properties/ (15 minutes) → all_properties (1 hour) → PostgreSQL
 //
-// README.md has the four rules. Rule 2 is kept in part 2, rule 1 in part 3, rule 3 in part 4, and rule 4 in signals.go.
+// Four rules keep outdated data from the client. Next call, snapshot and fence are the parts 2 to
+// 4 of this file, in this order; announcement is in signals.go.
 
 package main
 
 import (
+	"bufio"
+	"bytes"
+	"cmp"
 	"compress/gzip"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
+	"database/sql"
 	"encoding/base64"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
+	"math"
+	"net"
 	"net/http"
+	"net/textproto"
 	"net/url"
 	"runtime"
 	"slices"
@@ -30,542 +37,741 @@ import (
 	"github.com/gomodule/redigo/redis"
 )
 
-// Part 1: the levels and the page
-//
-// The page is the finished answer; the list below it spares PostgreSQL when a page is missing. README.md says more.
+// Part 1: levels, slots and pages
 
-const (
-	allPropertiesKey = "all_properties"
-	allPropertiesTTL = time.Hour
-	fenceKey         = "properties:fence" // what each invalidation changes: see part 3. It has no TTL; if it is evicted, a fill is lost.
-	// redisTimeout bounds a connect and the reply to a small command: what a hung Redis costs the requests in flight, once.
-	// Less would mistake a busy processor for a hung Redis: 500 steady clients on 2 cores never met this.
-	redisTimeout = 250 * time.Millisecond
-	bodyTimeout  = time.Second             // for what carries a list: 2.7 MB (10,000 listings) at 5 MB/s take half of it
-	beatInterval = 250 * time.Millisecond  // how often Redis is looked at, and how long hits may stay away once it is back
-	noAnswer     = "Redis does not answer" // why it is bypassed after an error of the connection
-)
-
-// pageKey is where the answer to GET path is stored; gzipKey is where its gzipped form is.
-func pageKey(path string) string { return "page:" + path }
-func gzipKey(path string) string { return pageKey(path) + ":gzip" }
-
-// A cache is Redis with its two levels.
+// A cache is Redis with its two levels, and what this instance knows of PostgreSQL.
 type cache struct {
-	query func(context.Context) ([]property, error) // what lies below both levels: PostgreSQL
-	pages level
-	lists level
-	kept  sync.Map // page key → the *entry last seen there, used only while Redis confirms its id
+	link         link
+	pages, lists level
+	// slots are all keys. Each is added before the program serves.
+	slots []*slot
+	list  *slot
 
-	url     string
-	session atomic.Pointer[redis.Pool] // nil: Redis is bypassed
-	history string                     // of Redis, when the session started; only beat uses it
-	metrics sync.Mutex                 // held while Redis is asked for its metrics
-
-	mu       sync.Mutex // held while an invalidation is sent, and when a session starts or ends; guards owes
-	owes     bool       // Redis may hold outdated data: it is owed an invalidation
-	bypassed reason     // why Redis is bypassed
+	known         known
+	health        *sql.DB // where a floor is asked for
+	floors        group[snapshot]
+	invalidations group[bool]
 }
 
-// newCache returns a cache that bypasses Redis until beat has started a session.
-func newCache(url string, query func(context.Context) ([]property, error)) *cache {
-	c := &cache{url: url, query: query}
-	c.lists = level{cache: c, find: findList, store: storeList}
-	c.pages = level{cache: c, find: c.findPage, store: c.storePage}
+// A level is one of the two caches.
+type level struct {
+	mu     sync.Mutex // guards counts
+	counts levelMetrics
+}
+
+// A slot is a key: what is stored there, for how long, and the view that it is loaded from.
+type slot struct {
+	cache  *cache
+	level  *level
+	key    string
+	ttl    time.Duration
+	path   string // what the view is asked for
+	view   view
+	zipped bool
+	calls  group[result]
+	// kept is the entry last seen at the key. It is used only while Redis has the same head.
+	kept atomic.Pointer[entry]
+}
+
+// A result is an entry, and how it was found.
+type result struct {
+	*entry
+	outcome string
+}
+
+// The outcomes of a look-up are the words of Cache-Status (RFC 9211). A fill adds "; stored".
+const (
+	hit    = "hit"
+	miss   = "uri-miss" // Redis has no entry
+	stale  = "stale"    // Redis has an entry that has not seen all
+	bypass = "bypass"   // Redis was not asked, or did not answer
+)
+
+// newCache returns a cache that bypasses Redis until its link is connected.
+func newCache(redisURL *url.URL, p *properties, health *sql.DB) *cache {
+	// Besides the slots' connections: one for an invalidation, and three for INFO.
+	c := &cache{health: health, link: link{url: redisURL, connections: 4}}
+	c.link.session.Store(&session{})
+	c.list = c.addSlot(&slot{
+		level: &c.lists,
+		key:   "all_properties",
+		ttl:   time.Hour,
+		view:  p.allView,
+	})
 	return c
 }
 
-// A level is one of the two caches: how Redis holds its entries, and what became of its requests.
-type level struct {
-	cache     *cache
-	find      func(conn redis.Conn, key string) (*entry, error) // nil if Redis has none
-	store     func(conn redis.Conn, key string, e *entry, ttl time.Duration)
-	groups    sync.Map               // key → *group; keys are few, so they stay
-	requests  [outcomes]atomic.Int64 // by outcome
-	coalesced atomic.Int64           // requests that shared a look-up which another request had started
+func (c *cache) addSlot(s *slot) *slot {
+	s.cache = c
+	c.slots = append(c.slots, s)
+	// One call of each slot runs at a time, and keeps one connection.
+	c.link.connections++
+	return s
 }
-
-// An entry is what a level stores: a body and, for a page, its headers. A cached view writes its answer to one.
-type entry struct {
-	status int
-	header http.Header
-	body   []byte
-}
-
-func (e *entry) Header() http.Header         { return e.header }
-func (e *entry) WriteHeader(status int)      { e.status = max(e.status, status) } // so that a later 200 hides no error
-func (e *entry) Write(b []byte) (int, error) { e.body = append(e.body, b...); return len(b), nil }
-
-// id names one fill. (The ETag alone would give an older fill's Date, and so a wrong Age.)
-func (e *entry) id() string { return e.header.Get("ETag") + " " + e.header.Get("Date") }
-
-// A result is the entry that a level found or loaded, and how.
-type result struct {
-	*entry
-	outcome outcome
-}
-type outcome int
-
-const (
-	miss     outcome = iota // Redis did not have it, and still does not: the fill lost to a write, or failed
-	stored                  // Redis did not have it, and has it now
-	hit                     // Redis had it
-	bypassed                // Redis was not asked, or did not answer
-	outcomes
-)
 
 // getAllProperties returns all properties as a JSON array, from all_properties or PostgreSQL.
-func (c *cache) getAllProperties() ([]byte, error) {
-	a, err := c.lists.getOrSet(allPropertiesKey, allPropertiesTTL, func(ctx context.Context) (*entry, error) {
-		list, err := c.query(ctx)
-		return &entry{body: encode(list)}, err
-	})
-	if err != nil {
-		return nil, err
-	}
-	return a.body, nil // bytes, because to decode 10,000 properties takes longer than to query them
+// (Decoding 10,000 of them takes longer than the query, so nobody does that.)
+func (c *cache) getAllProperties() (*entry, error) {
+	r, err := c.list.get()
+	return r.entry, err
 }
 
-// getOrSet returns the entry at key, or loads it and stores it for ttl. Django: cache.get_or_set.
-func (l *level) getOrSet(key string, ttl time.Duration, load func(context.Context) (*entry, error)) (result, error) {
-	g, _ := l.groups.LoadOrStore(key, new(group))
-	a, shared, err := g.(*group).do(answerTimeout, func(ctx context.Context) (result, error) { return l.lookUp(ctx, key, ttl, load) })
-	l.requests[a.outcome].Add(1)
-	if shared {
-		l.coalesced.Add(1)
+// cachePage wraps a view, so that its answer to GET path, which has no wildcard, comes from Redis
+// for ttl, in whole seconds. Every write invalidates it. Django: @cache_page(60 * 15).
+func (c *cache) cachePage(path string, ttl time.Duration, v view) view {
+	page := func(key string, zipped bool) *slot {
+		return c.addSlot(&slot{
+			level:  &c.pages,
+			key:    key,
+			ttl:    ttl,
+			path:   path,
+			view:   v,
+			zipped: zipped,
+		})
 	}
-	return a, err
-}
-
-// cachePage wraps a view so that its answer to GET comes from Redis for ttl. Django: @cache_page(60 * 15).
-// The path alone makes the key, so the view sees nothing else of the request: nobody can fill Redis with ?x=1, ?x=2, …
-// or have their own variant stored for others. (Django's key has the whole URL, and the headers that Vary names.)
-func (c *cache) cachePage(ttl time.Duration, v view) view {
+	plain, zipped := page("page:"+path, false), page("page:"+path+":gzip", true)
 	return func(w http.ResponseWriter, r *http.Request) error {
-		path, gzipped := r.URL.Path, acceptsGzip(r.Header)
-		key := pageKey(path)
-		if gzipped {
-			key = gzipKey(path)
+		s := plain
+		if acceptsGzip(r.Header) {
+			s = zipped
 		}
-		a, err := c.pages.getOrSet(key, ttl, func(ctx context.Context) (*entry, error) { return render(ctx, v, path, gzipped) })
-		if err == nil {
-			writePage(w, r, a, ttl)
+		found, err := s.get()
+		if err != nil {
+			return err
 		}
-		return err
+		writePage(w, r, found, ttl)
+		return nil
 	}
 }
 
-// render has v answer a GET of path. A page is for everybody, so v must answer 200 and set no cookie.
-func render(ctx context.Context, v view, path string, gzipped bool) (*entry, error) {
-	e := &entry{status: http.StatusOK, header: http.Header{}}
-	r := &http.Request{Method: http.MethodGet, URL: &url.URL{Path: path}, Header: http.Header{}, Body: http.NoBody}
-	if err := v(e, r.WithContext(ctx)); err != nil {
-		return nil, err
-	}
-	if e.status != http.StatusOK || e.header["Set-Cookie"] != nil {
-		return nil, fmt.Errorf("%w: %s can't be cached: its view answered %d with the headers %v", errInternal, path, e.status, e.header)
-	}
-	if gzipped {
-		plain := e.body
-		e.body = nil
-		z := gzip.NewWriter(e) // whose Write doesn't fail
-		z.Write(plain)
-		z.Close()
-		e.header.Set("Content-Encoding", "gzip")
-	}
-	e.header.Set("Content-Length", strconv.Itoa(len(e.body)))
-	e.header.Set("Date", time.Now().UTC().Format(http.TimeFormat)) // Age counts from here
-	e.header.Set("ETag", etag(e.body))
-	e.header.Set("Vary", "Accept-Encoding")
-	e.header.Set("Cache-Control", "no-cache") // keep a copy, but ask before using it: no server can recall it (Django: max-age=900)
-	return e, nil
-}
-
-// etag is a strong validator (RFC 9110 §8.8.3): another body has another tag.
-func etag(body []byte) string {
-	sum := sha256.Sum256(body)
-	return `"` + base64.RawURLEncoding.EncodeToString(sum[:16]) + `"` // 128 bits tell any two bodies apart
-}
-
-// writePage writes a page and says in Cache-Status (RFC 9211) where it came from.
-func writePage(w http.ResponseWriter, r *http.Request, res result, ttl time.Duration) {
+// writePage writes a page, and says in Cache-Status where it came from.
+func writePage(w http.ResponseWriter, r *http.Request, page result, ttl time.Duration) {
 	h := w.Header()
-	maps.Copy(h, res.header)
-	status := [...]string{"fwd=uri-miss", "fwd=uri-miss; stored", "hit", "fwd=bypass; detail=untrusted"}[res.outcome]
-	if res.outcome == hit {
-		date, _ := http.ParseTime(res.header.Get("Date"))
-		age := max(0, time.Since(date)) // the clock of the instance that filled it may be ahead
-		h.Set("Age", strconv.Itoa(int(age.Seconds())))
-		status += fmt.Sprintf("; ttl=%d", int(max(0, ttl-age).Seconds()))
+	maps.Copy(h, page.header)
+	h.Del("Snapshot")
+	status := "redis; fwd=" + page.outcome
+	if page.outcome == hit {
+		stored, _ := http.ParseTime(h.Get("Date"))
+		// The clock of the instance that stored it may be ahead.
+		age := max(0, int(time.Since(stored).Seconds()))
+		h.Set("Age", strconv.Itoa(age))
+		status = fmt.Sprintf("redis; hit; ttl=%d", max(0, int(ttl.Seconds())-age))
 	}
-	h.Set("Cache-Status", "redis; "+status)
-	if namesTag(r.Header["If-None-Match"], res.header.Get("ETag")) {
-		h.Del("Content-Encoding") // net/http removes Content-Type and Content-Length
-		w.WriteHeader(http.StatusNotModified)
+	h.Set("Cache-Status", status)
+	if namesTag(r.Header["If-None-Match"], h.Get("ETag")) {
+		// net/http removes Content-Type and Content-Length.
+		h.Del("Content-Encoding")
+		w.WriteHeader(304)
 		return
 	}
-	w.Write(res.body)
+	w.Write(page.body)
 }
 
 // namesTag reports whether If-None-Match names the tag, by weak comparison (RFC 9110 §13.1.2).
 func namesTag(ifNoneMatch []string, tag string) bool {
-	return slices.ContainsFunc(strings.Split(strings.Join(ifNoneMatch, ","), ","), func(name string) bool {
-		name = strings.TrimSpace(name)
-		return name == "*" || strings.TrimPrefix(name, "W/") == tag
-	})
+	names := strings.Join(ifNoneMatch, ",")
+	for name := range strings.SplitSeq(names, ",") {
+		if strings.TrimPrefix(strings.TrimSpace(name), "W/") == tag {
+			return true
+		}
+	}
+	return strings.TrimSpace(names) == "*"
 }
 
-// acceptsGzip reports whether the client accepts gzip and does not prefer the plain form (RFC 9110 §12.5.3).
+// acceptsGzip reports whether the client accepts gzip (RFC 9110 §12.5.3): it is named, or else *
+// is, and its quality isn't 0.
 func acceptsGzip(h http.Header) bool {
-	quality := map[string]float64{} // of each coding named
-	for coding := range strings.SplitSeq(strings.ToLower(strings.Join(h["Accept-Encoding"], ",")), ",") {
-		name, weight, _ := strings.Cut(coding+";q=1", ";") // if there are two, the first one counts
-		weight, _, _ = strings.Cut(weight, ";")
-		quality[strings.TrimSpace(name)], _ = strconv.ParseFloat(strings.TrimPrefix(strings.TrimSpace(weight), "q="), 64)
+	codings := strings.ToLower(strings.Join(h["Accept-Encoding"], ","))
+	accepts := map[string]bool{}
+	for coding := range strings.SplitSeq(strings.ReplaceAll(codings, " ", ""), ",") {
+		name, quality, weighted := strings.Cut(coding, ";q=")
+		accepts[name] = !weighted || strings.Trim(quality, "0.") != ""
 	}
-	q, named := quality["gzip"]
-	if !named {
-		q = quality["*"]
-	}
-	return q > 0 && q >= quality["identity"]
+	accepted, named := accepts["gzip"]
+	return accepted || !named && accepts["*"]
 }
 
-// Part 2: the group
+// load has the slot's view answer, and makes an entry of that. The view sees nothing of the
+// client's request, so nobody can fill Redis with ?x=1, ?x=2, … or have their own variant stored
+// for others. (Django's key has the whole URL, and the headers that Vary names.)
+func (s *slot) load(ctx context.Context) (*entry, error) {
+	r, err := http.NewRequestWithContext(ctx, "GET", s.path, http.NoBody)
+	if err != nil {
+		return nil, err
+	}
+	a := &answer{header: http.Header{}}
+	if err := s.view(a, r); err != nil {
+		return nil, err
+	}
+	// An entry is for everybody.
+	if a.status != 0 && a.status != 200 || a.header["Set-Cookie"] != nil {
+		return nil, fmt.Errorf("%w: %s can't be cached: its view answered %d with the headers %v",
+			errInternal, s.key, a.status, a.header)
+	}
+	if s.zipped {
+		plain := a.Buffer
+		a.Buffer = bytes.Buffer{}
+		// Neither fails, because a Buffer doesn't.
+		z := gzip.NewWriter(a)
+		plain.WriteTo(z)
+		z.Close()
+		a.header.Set("Content-Encoding", "gzip")
+	}
+	a.header.Set("Content-Length", strconv.Itoa(a.Len()))
+	a.header.Set("Vary", "Accept-Encoding")
+	return a.seal()
+}
+
+// An answer is what a cached view writes.
+type answer struct {
+	status int // 0 is as good as 200
+	header http.Header
+	bytes.Buffer
+}
+
+func (a *answer) Header() http.Header { return a.header }
+
+// WriteHeader takes the first status only, as net/http does.
+func (a *answer) WriteHeader(status int) {
+	if a.status == 0 {
+		a.status = status
+	}
+}
+
+// An entry is what a slot stores: an HTTP message, which is a head of header lines, a blank line,
+// and a body.
+type entry struct {
+	message    []byte
+	head, body []byte // its two parts
+	header     http.Header
+	snapshot   snapshot
+}
+
+// maxHead is how long a head may be, in bytes, and how much of an entry a look-up reads at first.
+const maxHead = 4 << 10
+
+// seal makes the entry. Its head begins with what a later reader judges it by.
+func (a *answer) seal() (*entry, error) {
+	var message bytes.Buffer
+	fmt.Fprintf(&message, "Snapshot: %s\r\nDate: %s\r\nETag: %s\r\n", a.header.Get("Snapshot"),
+		time.Now().UTC().Format(http.TimeFormat), etag(a.Bytes()))
+	a.header.WriteSubset(&message, map[string]bool{"Snapshot": true, "Date": true, "Etag": true})
+	message.WriteString("\r\n")
+	message.Write(a.Bytes())
+	e, err := parseEntry(message.Bytes())
+	if err != nil {
+		return nil, fmt.Errorf("%w: a view must say what it has seen: %w", errInternal, err)
+	}
+	return e, nil
+}
+
+// parseEntry reads an entry. Its head must be complete; its body is judged by its ETag.
+func parseEntry(message []byte) (*entry, error) {
+	lines := textproto.NewReader(bufio.NewReader(bytes.NewReader(message)))
+	header, err := lines.ReadMIMEHeader()
+	if err != nil {
+		return nil, err
+	}
+	head, body, _ := bytes.Cut(message, []byte("\r\n\r\n"))
+	e := &entry{message: message, head: head, body: body, header: http.Header(header)}
+	return e, json.Unmarshal([]byte(e.header.Get("Snapshot")), &e.snapshot)
+}
+
+// etag is a strong validator (RFC 9110 §8.8.3): 128 bits tell any two bodies apart.
+func etag(body []byte) string {
+	sum := sha256.Sum256(body)
+	return `"` + base64.RawURLEncoding.EncodeToString(sum[:16]) + `"`
+}
+
+// Part 2: next call
 //
-// Rule 2: a caller never gets data that was read before it asked. If callers shared the running look-up:
+// A caller never gets a look-up that began before it asked. If callers shared the running look-up:
 //
 //  1. reader A's look-up reads the old rows
 //  2. a writer commits, invalidates, and has its answer
-//  3. reader B asks, joins A's look-up (as single-flight has it), and gets the old rows
+//  3. reader B asks, joins A's look-up, and gets the old rows
 
-// A group runs the look-ups of one key one at a time, and lets callers share the next one. The zero value works.
+// answerTimeout is how long a request waits for calls. It suffices for a list that takes 2 s, also
+// if readers of both forms of a page come at once while nothing can be stored:
+//
+//	4 s: the page's call that runs waits for the list's call that runs, and for the next one
+//	4 s: so does the page's next call, which is this request's
+const answerTimeout = 9 * time.Second
+
+// A group runs one call at a time, and lets callers share the next one. The zero value works.
 //
 //	A asks  [== call 1 ==]
-//	B, C ask    ..........[== call 2 ==]   begins after B and C asked: they share it
+//	B, C ask    ..........[== call 2 ==]   begins after B and C asked, so they share it
 //	D asks                    ..........[== call 3 ==]
 //
-// So a stampede costs one query, and hits share their look-ups, too. A caller waits for two calls at most.
-type group struct {
+// So a stampede costs one query: those who come while it runs share one more look-up, a hit.
+type group[T any] struct {
 	mu      sync.Mutex // guards next
-	next    *call      // the call that has not begun: whoever asks now shares it
+	next    *call[T]   // has not begun: whoever asks now shares it
 	running sync.Mutex // held by the call that runs
 }
 
-// A call is one run of fn, here a look-up, and what it returned.
-type call struct {
-	result result
-	err    error
-	done   chan struct{} // closed when they are there
+type call[T any] struct {
+	value T
+	err   error
+	done  chan struct{} // closed when value and err are there
 }
 
-// do returns what fn returns, run for this caller or for another one that shares the call, or an error after limit. (A
-// request's context would end too soon: when the client closes its sending side, and still reads.)
-func (g *group) do(limit time.Duration, fn func(context.Context) (result, error)) (r result, shared bool, err error) {
+// do returns what fn returns in a call that begins after now. shared says that somebody else has
+// asked for this call first.
+//
+// It doesn't take the request's context, which ends when the client closes its sending side,
+// although that client may still be reading.
+func (g *group[T]) do(fn func(context.Context) (T, error)) (value T, shared bool, err error) {
 	g.mu.Lock()
 	c := g.next
-	if shared = c != nil; !shared {
-		c = &call{done: make(chan struct{})}
+	shared = c != nil
+	if !shared {
+		c = &call[T]{done: make(chan struct{})}
 		g.next = c
 		go g.doCall(c, fn)
 	}
 	g.mu.Unlock()
 	select {
 	case <-c.done:
-		return c.result, shared, c.err
-	case <-time.After(limit):
-		return result{}, shared, context.DeadlineExceeded
+		return c.value, shared, c.err
+	case <-time.After(answerTimeout):
+		return value, shared, context.DeadlineExceeded
 	}
 }
 
-// doCall waits until no call runs, closes c to newcomers, and runs fn with a deadline. A panic becomes c's error.
-func (g *group) doCall(c *call, fn func(context.Context) (result, error)) {
+// doCall waits until no call runs, closes c to newcomers, and runs fn. A panic becomes c's error.
+func (g *group[T]) doCall(c *call[T], fn func(context.Context) (T, error)) {
 	g.running.Lock()
 	defer g.running.Unlock()
-	runtime.Gosched() // let those who are about to ask share c: 3,200 hits then cost 220 look-ups, not 1,080 (TestCostOfHits)
+	// Those who are about to ask can still share c: 3,200 hits then cost 220 look-ups, not 1,080.
+	runtime.Gosched()
 	g.mu.Lock()
 	g.next = nil
 	g.mu.Unlock()
 	ctx, cancel := context.WithTimeout(context.Background(), answerTimeout)
 	defer cancel()
 	defer close(c.done)
-	c.err = safely(func() (err error) { c.result, err = fn(ctx); return err })
+	c.err = safely(func() (err error) {
+		c.value, err = fn(ctx)
+		return err
+	})
 }
 
-// Part 3: the look-up
+// Part 3: snapshot
 //
-// Rule 1: a fill loses to a write. Otherwise a late fill would undo an invalidation:
+// An entry must have seen every write that its reader knows of. Otherwise Redis would have to be
+// believed:
+//
+//  1. a writer commits, and its invalidation is lost, because Redis hangs
+//  2. Redis recovers, still with the old page, and serves it for 15 minutes
+//
+// So an entry says in which snapshot of PostgreSQL its rows were read, and an instance uses it
+// only if that snapshot has seen all that the instance knows of. Whatever Redis does, it costs
+// one fill.
+
+// A transaction is the name of a write: its id means something only within one run of the server.
+type transaction struct {
+	server string
+	id     uint64
+}
+
+// A snapshot is what a read has seen: the transactions below Xmax, but for those that were
+// running. It is JSON, as properties_snapshot() in schema.sql returns it. PostgreSQL:
+// pg_current_snapshot().
+type snapshot struct {
+	Server  string
+	Xmax    uint64
+	Running []uint64
+}
+
+func (s snapshot) saw(id uint64) bool { return id < s.Xmax && !slices.Contains(s.Running, id) }
+
+// covers reports whether s has seen all that t has.
+func (s snapshot) covers(t snapshot) bool {
+	return s.Server == t.Server && s.Xmax >= t.Xmax && !slices.ContainsFunc(s.Running, t.saw)
+}
+
+// known is what an instance knows to be committed. An entry must have seen all of it.
+type known struct {
+	mu sync.Mutex // guards the rest; never held while anybody is asked
+
+	// floor is a snapshot that this instance took itself; it has no server if there is none. Only
+	// a new floor changes the server, because the name of an old server may come late.
+	floor snapshot
+
+	// writes are the ids that were learned of since, all of the floor's server.
+	writes []uint64
+}
+
+func (k *known) get() (floor snapshot, writes []uint64) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.floor, k.writes
+}
+
+// manyWrites is when a new floor takes their place.
+const manyWrites = 100
+
+// learn notes a write. It returns false if a new floor is wanted: there is none, or one of another
+// server, so only one that is asked for from now on is sure to cover the write; or there are many.
+func (k *known) learn(t transaction) bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.floor.Server != t.server {
+		return false
+	}
+	k.writes = append(k.writes, t.id)
+	return len(k.writes) < manyWrites
+}
+
+// raise replaces the floor, and the first writes, which were known when floor was asked for. What
+// was learned since then stays, because floor may not have seen it.
+func (k *known) raise(floor snapshot, asked int) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.floor.Server != floor.Server {
+		asked = len(k.writes)
+	}
+	k.floor = floor
+	k.writes = k.writes[asked:]
+}
+
+// seenBy reports whether s has seen all. Without a floor, nothing has.
+func (k *known) seenBy(s snapshot) bool {
+	floor, writes := k.get()
+	unseen := func(id uint64) bool { return !s.saw(id) }
+	return floor.Server != "" && s.covers(floor) && !slices.ContainsFunc(writes, unseen)
+}
+
+// learn notes a write. Where its name says nothing, and where there are many, it takes a new
+// floor.
+func (c *cache) learn(t transaction) error {
+	if c.known.learn(t) {
+		return nil
+	}
+	err := c.raiseFloor()
+	floor, _ := c.known.get()
+	if err != nil && floor.Server != t.server {
+		// Nobody can tell which entry has seen the write. This id none has seen, so that there are
+		// no hits until there is a floor that is asked for later.
+		c.known.learn(transaction{floor.Server, math.MaxUint64})
+	}
+	return err
+}
+
+// raiseFloor takes a new floor: it asks PostgreSQL, once for all who wait, after now.
+func (c *cache) raiseFloor() error {
+	_, _, err := c.floors.do(func(ctx context.Context) (floor snapshot, err error) {
+		// Enough to find the first of two hosts dead, and to connect to the second one.
+		ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+		defer cancel()
+		_, writes := c.known.get()
+		var text []byte
+		err = c.health.QueryRowContext(ctx, `SELECT properties_snapshot()`).Scan(&text)
+		if err == nil {
+			err = json.Unmarshal(text, &floor)
+		}
+		if err == nil {
+			c.known.raise(floor, len(writes))
+		}
+		return floor, err
+	})
+	return err
+}
+
+// Part 4: fence
+//
+// A fill loses to a write. This is for a write that another instance has answered, and that this
+// one hasn't heard of yet. Otherwise a late fill would undo its invalidation:
 //
 //  1. reader: misses, and reads the old rows
-//  2. writer: commits the new row, and deletes the key
+//  2. writer: commits the new row, deletes the keys, and answers
 //  3. reader: stores the old rows, for an hour
 //
-// So an invalidation also changes the fence. The reader WATCHes it before it reads the rows, and stores with EXEC, which
-// does nothing if the fence has changed since. (WATCH on the key itself would not notice that a missing key is deleted.)
+// So an invalidation also changes the fence. The reader WATCHes it before it reads the rows, and
+// stores with EXEC, which does nothing if the fence has changed since. (WATCH on the entry's key
+// would not notice that a missing key is deleted.)
 
-// lookUp is getOrSet for all who share it. Redis counts a hit as one look-up of a key, two if a page's body is sent.
-func (l *level) lookUp(ctx context.Context, key string, ttl time.Duration, load func(context.Context) (*entry, error)) (result, error) {
-	if pool := l.cache.session.Load(); pool != nil {
-		conn := pool.Get()
-		defer conn.Close() // undoes WATCH
-		e, err := l.find(conn, key)
-		if e != nil {
-			return result{e, hit}, nil
+// fenceKey has no TTL. If Redis evicts it, that counts as a change, and a fill is lost.
+const fenceKey = "properties:fence"
+
+// get returns the slot's entry, from Redis or loaded anew. Django: cache.get_or_set.
+func (s *slot) get() (result, error) {
+	r, shared, err := s.calls.do(s.lookUp)
+	s.level.mu.Lock()
+	defer s.level.mu.Unlock()
+	switch r.outcome {
+	case hit:
+		s.level.counts.Hits++
+	case bypass:
+		s.level.counts.Bypassed++
+	default:
+		s.level.counts.Misses++
+	}
+	if shared {
+		s.level.counts.Coalesced++
+	}
+	return r, err
+}
+
+// lookUp is get for all who share the call. Redis counts it as one look-up, or two if it sends a
+// body.
+func (s *slot) lookUp(ctx context.Context) (result, error) {
+	session := s.cache.link.session.Load()
+	if session.pool != nil {
+		conn := session.pool.Get()
+		// This also ends the WATCH.
+		defer conn.Close()
+		e, outcome, err := s.find(conn)
+		if outcome == hit {
+			session.proves()
+			return result{entry: e, outcome: hit}, nil
 		}
 		if err == nil {
 			_, err = conn.Do("WATCH", fenceKey)
 		}
 		if err == nil {
-			return l.fill(ctx, pool, conn, key, ttl, load)
+			return s.fill(ctx, session, conn, outcome)
 		}
-		l.cache.end(pool, conn, err)
+		s.cache.link.end(session, err)
 	}
-	e, err := load(ctx)
-	return result{e, bypassed}, err
+	e, err := s.load(ctx)
+	return result{entry: e, outcome: bypass}, err
+}
+
+// find looks for an entry that has seen all. It reads the head first: where that is the kept
+// entry's, the body (2.8 MB for 10,000 listings) needn't travel, as with a browser's
+// If-None-Match.
+func (s *slot) find(conn redis.Conn) (e *entry, outcome string, err error) {
+	start, err := redis.Bytes(conn.Do("GETRANGE", s.key, 0, maxHead-1))
+	if refusal, ok := err.(redis.Error); ok && strings.HasPrefix(string(refusal), "WRONGTYPE") {
+		return nil, miss, nil
+	}
+	if err != nil || len(start) == 0 {
+		return nil, miss, err
+	}
+	e = s.kept.Load()
+	if e == nil || !bytes.HasPrefix(start, e.head) {
+		message, err := redis.Bytes(redis.DoWithTimeout(conn, bodyTimeout, "GET", s.key))
+		if err != nil && err != redis.ErrNil {
+			return nil, miss, err
+		}
+		e, err = parseEntry(message)
+		if err != nil || etag(e.body) != e.header.Get("ETag") {
+			return nil, stale, nil
+		}
+	}
+	if !s.cache.known.seenBy(e.snapshot) {
+		return nil, stale, nil
+	}
+	s.kept.Store(e)
+	return e, hit, nil
 }
 
 // fill loads the entry and stores it, unless the fence has changed since WATCH.
-func (l *level) fill(ctx context.Context, pool *redis.Pool, conn redis.Conn, key string, ttl time.Duration,
-	load func(context.Context) (*entry, error)) (result, error) {
-	start := time.Now()
-	e, err := load(ctx)
+func (s *slot) fill(ctx context.Context, session *session, conn redis.Conn, outcome string) (
+	result, error) {
+	began := time.Now()
+	e, err := s.load(ctx)
 	if err != nil {
-		return result{nil, miss}, err
+		return result{outcome: outcome}, err
 	}
-	conn.Send("MULTI")
-	l.store(conn, key, e, ttl)
-	replies, err := redis.Values(redis.DoWithTimeout(conn, bodyTimeout, "EXEC"))
-	if errors.Is(err, redis.ErrNil) { // the fence has changed
-		slog.Info("cache: fill discarded, because a write came", "key", key)
-		return result{e, miss}, nil
+	r := result{entry: e, outcome: outcome}
+	// It isn't stored if its list of running transactions is too long for a look-up, or if
+	// somebody has seen meanwhile that Redis fails.
+	if len(e.head) > maxHead || s.cache.link.session.Load() != session {
+		return r, nil
 	}
-	for _, reply := range replies { // EXEC succeeds even if its commands fail
-		if refusal, ok := reply.(redis.Error); ok {
-			err = refusal
-		}
+	err = execute(conn, bodyTimeout,
+		redis.Args{"SET", s.key, e.message, "EX", int(s.ttl.Seconds())})
+	if err == redis.ErrNil {
+		slog.Info("cache: fill discarded, because a write came", "key", s.key)
+		return r, nil
 	}
 	if err != nil {
-		l.cache.end(pool, conn, err)
-		return result{e, miss}, nil
+		s.cache.link.end(session, err)
+		return r, nil
 	}
-	slog.Info("cache: filled", "key", key, "bytes", len(e.body), "took", time.Since(start))
-	return result{e, stored}, nil
+	r.outcome += "; stored"
+	s.kept.Store(e)
+	session.proves()
+	slog.Info("cache: filled", "key", s.key, "fwd", outcome, "bytes", len(e.message),
+		"took", time.Since(began))
+	return r, nil
 }
 
-// all_properties is a plain string, so that redis-cli get all_properties shows it.
-func storeList(conn redis.Conn, key string, e *entry, ttl time.Duration) {
-	conn.Send("SET", key, e.body, "EX", int(ttl.Seconds()))
-}
-
-func findList(conn redis.Conn, key string) (*entry, error) {
-	reply, err := redis.DoWithTimeout(conn, bodyTimeout, "GET", key)
-	if err != nil || reply == nil {
-		return nil, err
-	}
-	list := reply.([]byte)
-	if !json.Valid(list) || list[0] != '[' {
-		return nil, redis.Error(key + " does not hold a JSON array")
-	}
-	return &entry{body: list}, nil
-}
-
-// A page is a hash. Keeping it here before EXEC is safe, because it is used only while Redis confirms its id.
-func (c *cache) storePage(conn redis.Conn, key string, e *entry, ttl time.Duration) {
-	conn.Send("HSET", key, "id", e.id(), "header", encode(e.header), "body", e.body)
-	conn.Send("EXPIRE", key, int(ttl.Seconds()))
-	c.kept.Store(key, e)
-}
-
-// findPage asks Redis for the page's id, and for the page only if it isn't the one that was kept. Redis still says
-// which page is valid, but the body (2.7 MB for 10,000 listings) needn't travel: as with a browser's If-None-Match.
-func (c *cache) findPage(conn redis.Conn, key string) (*entry, error) {
-	id, err := conn.Do("HGET", key, "id")
-	if err != nil || id == nil {
-		return nil, err
-	}
-	if kept, ok := c.kept.Load(key); ok && kept.(*entry).id() == string(id.([]byte)) {
-		return kept.(*entry), nil
-	}
-	fields, err := redis.ByteSlices(redis.DoWithTimeout(conn, bodyTimeout, "HMGET", key, "id", "header", "body"))
-	if err != nil || fields[0] == nil { // deleted meanwhile
-		return nil, err
-	}
-	e := &entry{body: fields[2]}
-	if json.Unmarshal(fields[1], &e.header) != nil || etag(e.body) != e.header.Get("ETag") {
-		return nil, redis.Error(key + " does not hold a page")
-	}
-	c.kept.Store(key, e)
-	return e, nil
-}
-
-// Part 4: the session
-//
-// Rule 3: an instance that owes Redis an invalidation pays before it reads Redis again. Otherwise:
-//
-//  1. Redis hangs: a writer commits, and its invalidation is lost
-//  2. Redis recovers, still with the old page, and serves it for 15 minutes
-//
-// A session is a time with one Redis and without an error. Any error ends it, and then reads and writes alike bypass
-// Redis, until beat starts the next one: after an invalidation, if one is owed. It is owed when
-//
-//   - an invalidation failed, or was skipped in a bypass
-//   - Redis has another history than before: it restarted, became a replica or was promoted; or the program restarted
-//   - Redis refused a command, or held a value that this program did not store: a redis.Error
-//
-// but not after an error of the connection alone, because an instance with a bad line must not empty the cache of the
-// others. (A look-up under way when a session ends may still hit: it began before the next write was answered.)
-
-// dial connects to Redis and asks for its history.
-func (c *cache) dial(known string) (conn redis.Conn, history string, err error) {
-	conn, err = redis.DialURL(c.url, redis.DialConnectTimeout(redisTimeout), redis.DialTLSHandshakeTimeout(redisTimeout),
-		redis.DialReadTimeout(redisTimeout), redis.DialWriteTimeout(bodyTimeout))
-	if err == nil {
-		if history, err = askHistory(conn, redisTimeout, known); err != nil {
-			conn.Close()
+// invalidate changes the fence and deletes every entry, in a call that begins after now: writers
+// who wait share it. In a bypass it does nothing: no instance needs it to know what is outdated.
+func (c *cache) invalidate() {
+	_, _, err := c.invalidations.do(func(context.Context) (bool, error) {
+		session := c.link.session.Load()
+		if session.pool == nil {
+			slog.Info("cache: not invalidated, because Redis is bypassed")
+			return false, nil
 		}
-	}
-	return conn, history, err
-}
-
-// askHistory returns what changes whenever Redis may hold other data. It fails if known is set and differs.
-func askHistory(conn redis.Conn, timeout time.Duration, known string) (string, error) {
-	info, err := redis.String(redis.DoWithTimeout(conn, timeout, "INFO"))
-	history := infoField(info, "run_id") + infoField(info, "role") + infoField(info, "master_replid") // process, role, replication
-	if err == nil && infoField(info, "run_id") == "" {
-		err = redis.Error("INFO has no run_id, so a restart of Redis would go unnoticed")
-	} else if err == nil && known != "" && known != history {
-		err = redis.Error("Redis restarted, became a replica or was promoted: it may hold outdated data")
-	}
-	return history, err
-}
-
-// infoField finds a field in a reply to INFO; "" if it isn't there.
-func infoField(info, name string) string {
-	_, rest, _ := strings.Cut("\r\n"+info, "\r\n"+name+":")
-	value, _, _ := strings.Cut(rest, "\r\n")
-	return value
-}
-
-// run calls beat until ctx is done, and then closes the connections.
-func (c *cache) run(ctx context.Context) {
-	for ctx.Err() == nil {
-		select {
-		case <-ctx.Done():
-		case <-time.After(beatInterval):
-			c.beat()
-		}
-	}
-	if pool := c.session.Swap(nil); pool != nil {
-		pool.Close()
-	}
-}
-
-// beat starts a session if there is none, and else ends one whose Redis has another history by now.
-func (c *cache) beat() {
-	pool := c.session.Load()
-	if pool == nil {
-		c.start()
-		return
-	}
-	conn := pool.Get()
-	defer conn.Close()
-	if _, err := askHistory(conn, bodyTimeout, c.history); err != nil { // nobody waits for it: let it take its time
-		c.end(pool, conn, err)
-	}
-}
-
-// start starts a session, after it has paid what is owed. (Writes wait meanwhile, for twice redisTimeout at most.)
-func (c *cache) start() {
-	conn, history, err := c.dial("")
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if err == nil {
+		conn := session.pool.Get()
 		defer conn.Close()
-		c.owes = c.owes || history != c.history
-		if c.owes {
-			_, err = invalidateOnce(conn, rand.Text())
+		del := redis.Args{"DEL"}
+		for _, s := range c.slots {
+			del = append(del, s.key)
+		}
+		// Not INCR, which would fail if somebody put another type there.
+		err := execute(conn, redisTimeout, redis.Args{"SET", fenceKey, rand.Text()}, del)
+		if err != nil {
+			c.link.end(session, err)
+			return false, nil
+		}
+		slog.Info("cache: invalidated")
+		return true, nil
+	})
+	if err != nil {
+		slog.Error("cache: the invalidation failed", "err", err)
+	}
+}
+
+// execute runs commands in MULTI and EXEC; redis.ErrNil if a WATCHed key has changed.
+func execute(conn redis.Conn, timeout time.Duration, commands ...redis.Args) error {
+	conn.Send("MULTI")
+	for _, command := range commands {
+		conn.Send(command[0].(string), command[1:]...)
+	}
+	replies, err := redis.Values(redis.DoWithTimeout(conn, timeout, "EXEC"))
+	if err != nil {
+		// If a Send has failed, its error tells more, and the connection has it.
+		return cmp.Or(conn.Err(), err)
+	}
+	// EXEC succeeds even if a command fails.
+	for _, reply := range replies {
+		if refusal, ok := reply.(redis.Error); ok {
+			return refusal
 		}
 	}
-	if err != nil {
-		c.bypass(err)
+	return nil
+}
+
+// Part 5: the link
+//
+// The bypass is a circuit breaker, nothing more: it keeps a Redis that fails from slowing each
+// request.
+
+const (
+	// redisTimeout bounds a connect to one address and the reply to a small command: what a hung
+	// Redis costs the requests in flight, once. Less would mistake a busy processor for a hung
+	// Redis: 500 steady clients on 2 cores never met this.
+	redisTimeout = 250 * time.Millisecond
+
+	// bodyTimeout is for what carries a list: 2.8 MB (10,000 listings) at 5 MB/s take half of it.
+	bodyTimeout = time.Second
+
+	// The tries of a bypass are firstPause apart, and each time twice as long if nothing came of
+	// it.
+	firstPause   = 250 * time.Millisecond
+	longestPause = 15 * time.Second
+)
+
+// A link is the way to Redis. Any error on it ends its session, and so begins a bypass.
+type link struct {
+	url         *url.URL
+	connections int // at most
+	session     atomic.Pointer[session]
+}
+
+// A session is a time without an error, or else a bypass.
+type session struct {
+	pool *redis.Pool // nil in a bypass
+	// why is the reason of the last bypass, in Redis's or the system's own words; "" before the
+	// first.
+	why string
+	// proven says that it has had a hit or stored an entry. A PING proves too little: a Redis that
+	// answers small commands may still refuse large ones, or a right may be missing.
+	proven atomic.Bool
+}
+
+// proves notes that the session is good for something.
+func (s *session) proves() {
+	if !s.proven.Swap(true) {
+		slog.Info("cache: Redis is in use")
+	}
+}
+
+// bypassed returns why Redis is bypassed, or "". After a bypass, a session must prove itself
+// first, so that a Redis that fails again and again is one steady thing to the log and /healthz.
+func (s *session) bypassed() string {
+	if s.proven.Load() {
+		return ""
+	}
+	return s.why
+}
+
+// end ends a session, or a bypass, because of err, unless it is over.
+func (l *link) end(s *session, err error) {
+	next := &session{why: cause(err)}
+	if !l.session.CompareAndSwap(s, next) {
 		return
 	}
-	slog.Info("cache: Redis is in use", "invalidated", c.owes)
-	c.owes, c.history = false, history
-	c.bypassed.set("", "", nil)
-	// Each key has one look-up at a time, and beat, an invalidation and the metrics take one connection each: about 6. The
-	// pool closes those idle for 0.5 s, because Redis might: its own limit is never under 1 s.
-	c.session.Store(&redis.Pool{MaxActive: 16, MaxIdle: 8, IdleTimeout: 2 * beatInterval, Dial: func() (redis.Conn, error) {
-		conn, _, err := c.dial(history)
-		return conn, err
-	}})
-}
-
-// end ends pool's session because of err on conn. It does nothing if that session is over.
-func (c *cache) end(pool *redis.Pool, conn redis.Conn, err error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.session.Load() == pool {
-		c.owes = c.owes || conn.Err() == nil // the connection is fine, so Redis refused a command, or its data are wrong
-		c.bypass(err)
+	if next.why != s.bypassed() {
+		slog.Warn("cache: Redis is bypassed", "why", next.why)
+	}
+	if s.pool != nil {
+		s.pool.Close()
 	}
 }
 
-// bypass closes the session, if there is one, and notes and logs why. The caller holds mu.
-func (c *cache) bypass(err error) {
-	if pool := c.session.Swap(nil); pool != nil {
+// connect ends a bypass with the first of Redis's addresses that answers. A slow nameserver may
+// take seconds, so no request calls this.
+func (l *link) connect(ctx context.Context) {
+	before := l.session.Load()
+	hosts, err := net.DefaultResolver.LookupHost(ctx, l.url.Hostname())
+	for _, host := range hosts {
+		pool := l.newPool(net.JoinHostPort(host, l.url.Port()))
+		conn := pool.Get()
+		_, err = conn.Do("PING")
+		conn.Close()
+		if err == nil {
+			l.session.Store(&session{pool: pool, why: before.why})
+			return
+		}
 		pool.Close()
 	}
-	why := noAnswer
-	if refusal, ok := errors.AsType[redis.Error](err); ok {
-		why = string(refusal)
-	}
-	c.bypassed.set("cache: Redis is bypassed", why, err)
+	l.end(before, err)
 }
 
-// A reason is why something doesn't work, or "".
-type reason struct{ atomic.Value }
-
-func (r *reason) get() string { why, _ := r.Load().(string); return why }
-
-// set notes a reason, and logs what doesn't work if the reason is new; "" clears it.
-func (r *reason) set(what, why string, err error) {
-	if before := r.Swap(why); why != "" && why != before {
-		slog.Warn(what, "why", why, "err", err)
+// newPool connects to one address. (The name in the URL is only for TLS.) It closes a connection
+// that was idle for 0.5 s, because Redis may: its own limit is 1 s or more.
+func (l *link) newPool(address string) *redis.Pool {
+	dial := func(network, _ string) (net.Conn, error) {
+		return net.DialTimeout(network, address, redisTimeout)
+	}
+	return &redis.Pool{
+		Dial: func() (redis.Conn, error) {
+			return redis.DialURL(l.url.String(),
+				redis.DialNetDial(dial),
+				redis.DialTLSHandshakeTimeout(redisTimeout),
+				redis.DialReadTimeout(redisTimeout),
+				redis.DialWriteTimeout(bodyTimeout))
+		},
+		IdleTimeout: 500 * time.Millisecond,
+		MaxIdle:     l.connections,
+		MaxActive:   l.connections,
+		Wait:        true,
 	}
 }
 
-// invalidate deletes the entries of both levels, once for each transaction. A write's own signal and each instance's
-// announcement all call it: the first does the work, and the rest find it done, so they discard no later fill.
-func (c *cache) invalidate(transaction string) {
-	c.mu.Lock() // until Redis has the invalidation, or is owed it
-	defer c.mu.Unlock()
-	pool := c.session.Load()
-	if pool == nil {
-		if !c.owes {
-			slog.Info("cache: Redis is bypassed, and owed an invalidation", "transaction", transaction)
+// run ends each bypass, until ctx is done. While all is well it sends Redis nothing.
+func (l *link) run(ctx context.Context) {
+	pause, tried := firstPause, time.Now()
+	for ; ctx.Err() == nil; time.Sleep(firstPause) {
+		s := l.session.Load()
+		if s.proven.Load() {
+			pause = firstPause
 		}
-		c.owes = true
-		return
+		if s.pool == nil && time.Since(tried) > pause {
+			l.connect(ctx)
+			pause, tried = min(2*pause, longestPause), time.Now()
+		}
 	}
-	conn := pool.Get()
-	defer conn.Close()
-	if first, err := invalidateOnce(conn, transaction); err != nil {
-		c.owes = true
-		c.bypass(err)
-	} else if first {
-		slog.Info("cache: invalidated", "transaction", transaction)
+	if pool := l.session.Load().pool; pool != nil {
+		pool.Close()
 	}
-}
-
-// invalidation remembers a transaction for a minute, changes the fence and deletes both levels, all at once.
-var invalidation = redis.NewScript(5, `
-if not redis.call('SET', KEYS[1], '', 'NX', 'EX', 60) then return 0 end
-redis.call('SET', KEYS[2], ARGV[1]) -- INCR would fail if somebody put another type there
-redis.call('DEL', KEYS[3], KEYS[4], KEYS[5])
-return 1`)
-
-// invalidateOnce reports whether it was the first to invalidate for the transaction.
-func invalidateOnce(conn redis.Conn, transaction string) (first bool, err error) {
-	return redis.Bool(invalidation.Do(conn, "properties:invalidated:"+transaction, fenceKey,
-		allPropertiesKey, pageKey(propertiesPath), gzipKey(propertiesPath), rand.Text()))
 }

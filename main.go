@@ -1,15 +1,18 @@
-// Command properties serves property listings from PostgreSQL through two levels of cache in Redis.
+// Command properties serves property listings from PostgreSQL through two levels of cache in
+// Redis.
 //
 // Begin with routes and newApp below. README.md has the order in which to read the rest.
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"context"
-	"crypto/sha256"
 	"crypto/subtle"
 	"database/sql"
+	"database/sql/driver"
 	_ "embed"
+	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -19,6 +22,8 @@ import (
 	"net/url"
 	"os"
 	ossignal "os/signal" // signal is ours
+	"regexp"
+	"runtime/debug"
 	"strconv"
 	"strings"
 	"sync"
@@ -36,72 +41,133 @@ var schema string
 const (
 	defaultDatabaseURL = "postgres://postgres:postgres@localhost:5432/properties?sslmode=disable"
 	defaultRedisURL    = "redis://localhost:6379/0"
-	usage              = `properties serves property listings from PostgreSQL through two levels of cache in Redis.
+
+	usage = `properties serves property listings from PostgreSQL, through two levels of cache.
 
   -addr host:port  where to listen (default 127.0.0.1:8000)
   -seed N          insert N listings if there are none
+  -connections N   to PostgreSQL, for requests, at most (default 16); two more are for the rest
   DATABASE_URL     default ` + defaultDatabaseURL + `
   REDIS_URL        default ` + defaultRedisURL + `
-  WRITE_TOKEN      if set, writes need "Authorization: Bearer" with it; needed to listen beyond this machine
+  WRITE_TOKEN      if set, writes need "Authorization: Bearer" with it; needed to listen beyond
+                   this machine
 Then try: curl -i http://localhost:8000/properties/
 `
+	percentEncode = "; in a user or a password percent-encode # / % ? @: %23 %2F %25 %3F %40"
 )
 
 // settings are what the environment and the flags say. Django: settings.py.
 type settings struct {
-	database   *pgx.ConnConfig
-	redisURL   string
-	writeToken string // "": no token is asked for, and only this machine may connect
-	addr       *net.TCPAddr
-	seed       uint
+	database    *pgx.ConnConfig
+	connections uint // to PostgreSQL, for requests, at most
+	redisURL    *url.URL
+	writeToken  string // "": only this machine may connect
+	addr        *net.TCPAddr
+	seed        uint
 }
 
 // main exits with 0 after -h or a signal, 1 if something is wrong, and 2 if a flag is.
 func main() {
 	s := settings{addr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 8000}}
-	flag.Func("addr", "", func(addr string) (err error) { s.addr, err = net.ResolveTCPAddr("tcp", addr); return err })
+	flag.Func("addr", "", func(addr string) (err error) {
+		s.addr, err = net.ResolveTCPAddr("tcp", addr)
+		return err
+	})
 	flag.UintVar(&s.seed, "seed", 0, "")
+	flag.UintVar(&s.connections, "connections", 16, "")
 	flag.Usage = func() { fmt.Fprint(os.Stderr, usage) }
 	flag.Parse()
 	if flag.NArg() > 0 {
 		fmt.Fprintf(os.Stderr, "unexpected argument %q\n%s", flag.Arg(0), usage)
 		os.Exit(2)
 	}
+	// A log whose reader is gone ends nothing.
+	ossignal.Ignore(syscall.SIGPIPE)
 	ctx, stop := ossignal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	context.AfterFunc(ctx, stop)                           // a second Ctrl-C ends us at once
-	if err := s.run(ctx); err != nil && ctx.Err() == nil { // not if a signal came while we were starting
+	context.AfterFunc(ctx, func() {
+		// A second Ctrl-C ends us at once.
+		stop()
+		// Requests that don't end are cut off, before Docker kills us after 10 s. Nothing is
+		// logged then, because a log that nobody reads may be what holds us up.
+		time.AfterFunc(8*time.Second, func() { os.Exit(0) })
+	})
+	// No error is told if a signal came while we were starting.
+	if err := s.run(ctx); err != nil && ctx.Err() == nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
 }
 
-// readEnvironment checks each setting. Its errors never quote one, because there may be a password in it.
-func (s *settings) readEnvironment() (err error) {
-	databaseURL := cmp.Or(os.Getenv("DATABASE_URL"), defaultDatabaseURL)
-	if s.database, err = pgx.ParseConfig(databaseURL); err != nil {
-		return errors.New("DATABASE_URL is not a PostgreSQL URL: want postgres://user:password@host:5432/database")
+// databaseForm and redisForm refuse a character that is special in a URL and stands in a user or a
+// password as it is: redis://:a%23b@host fits, and redis://:a#b@host doesn't. (pgx also takes
+// keyword=value.)
+var (
+	databaseForm = regexp.MustCompile(`^\w+ *=|` +
+		`^\w+://(` + userForm + `@)?[^@/?#]*(/[^@?#]*)?(\?[^@#]*)?$`)
+	redisForm = regexp.MustCompile(
+		`^rediss?://(` + userForm + `@)?` + hostForm + portForm + `(/\d{0,5})?$`)
+
+	notPrimary = regexp.MustCompile(`target_session_attrs *= *'?(standby|prefer-standby|read-only)`)
+)
+
+const (
+	userForm = `([^@/?#%]|%[0-9A-Fa-f]{2})*`
+	hostForm = `([^@/?#:[]+|\[[^@/?#]+\])`
+	portForm = `(:(\d{0,4}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5]))?`
+)
+
+// readEnvironment checks each setting. Its errors quote none, because there may be a password in
+// it.
+func (s *settings) readEnvironment() error {
+	if err := s.readDatabaseURL(); err != nil {
+		return err
 	}
-	if !strings.Contains(databaseURL, "default_query_exec_mode") {
-		s.database.DefaultQueryExecMode = pgx.QueryExecModeExec // named statements break behind poolers and after migrations
+	raw := cmp.Or(os.Getenv("REDIS_URL"), defaultRedisURL)
+	u, err := url.Parse(raw)
+	if err != nil || !redisForm.MatchString(raw) {
+		return errors.New("REDIS_URL: want redis://user:password@host:6379/0 or rediss://…" +
+			percentEncode)
 	}
-	s.database.ConnectTimeout = cmp.Or(s.database.ConnectTimeout, answerTimeout/2)                     // so that a second host in the URL has its turn
-	s.database.RuntimeParams["client_encoding"], s.database.RuntimeParams["datestyle"] = "UTF8", "ISO" // whatever the role has set
-	s.redisURL = cmp.Or(os.Getenv("REDIS_URL"), defaultRedisURL)
-	isNumber := func(s string) bool { _, err := strconv.ParseUint(s, 10, 16); return err == nil }
-	u, err := url.Parse(s.redisURL)
-	if err != nil || u.Scheme != "redis" && u.Scheme != "rediss" || u.Host == "" ||
-		!isNumber(cmp.Or(u.Port(), "6379")) || !isNumber(cmp.Or(strings.TrimPrefix(u.Path, "/"), "0")) || u.RawQuery+u.Fragment != "" {
-		return errors.New("REDIS_URL is not a Redis URL: want redis://user:password@host:6379/0 (rediss:// for TLS), without parameters")
-	}
-	u.Host = net.JoinHostPort(u.Hostname(), cmp.Or(u.Port(), "6379")) // redigo misreads [::1] without a port
-	s.redisURL = u.String()
-	s.writeToken = os.Getenv("WRITE_TOKEN")
-	if strings.ContainsFunc(s.writeToken, func(r rune) bool { return r <= ' ' || r > '~' }) {
-		return errors.New("WRITE_TOKEN has a character that no header can carry: want visible ASCII without blanks")
-	}
+	// redigo misreads [::1] without a port.
+	u.Host = net.JoinHostPort(u.Hostname(), cmp.Or(u.Port(), "6379"))
+	s.redisURL = u
+	s.writeToken = strings.TrimSpace(os.Getenv("WRITE_TOKEN"))
 	if s.writeToken == "" && !s.addr.IP.IsLoopback() {
-		return fmt.Errorf("-addr %s reaches beyond this machine, where anyone could write: set WRITE_TOKEN, or listen on 127.0.0.1", s.addr)
+		return fmt.Errorf("-addr %s reaches beyond this machine, where anyone could write: "+
+			"set WRITE_TOKEN, or listen on 127.0.0.1", s.addr)
 	}
+	return nil
+}
+
+func (s *settings) readDatabaseURL() error {
+	raw := cmp.Or(os.Getenv("DATABASE_URL"), defaultDatabaseURL)
+	if !databaseForm.MatchString(raw) {
+		return errors.New("DATABASE_URL: want postgres://user:password@host:5432/database" +
+			percentEncode)
+	}
+	// A standby lags, so its rows may be older than what a client was told.
+	session := " target_session_attrs=" + os.Getenv("PGTARGETSESSIONATTRS")
+	if found := notPrimary.FindString(raw + session); found != "" {
+		return fmt.Errorf("DATABASE_URL, or PG…: %s can't be used, want a primary", found)
+	}
+	config, err := pgx.ParseConfig(raw)
+	if err != nil {
+		// "cannot parse `the URL`: the cause"
+		parts := strings.Split(err.Error(), "`")
+		return errors.New("DATABASE_URL, or a PG… variable or file" + parts[len(parts)-1])
+	}
+	if config.ValidateConnect == nil {
+		config.ValidateConnect = pgconn.ValidateConnectTargetSessionAttrsPrimary
+	}
+	if !strings.Contains(raw, "default_query_exec_mode") {
+		// Named statements break behind poolers, and after migrations.
+		config.DefaultQueryExecMode = pgx.QueryExecModeExec
+	}
+	// So that a second host in the URL has its turn.
+	config.ConnectTimeout = cmp.Or(config.ConnectTimeout, queryTimeout/2)
+	// Whatever the role has set.
+	config.RuntimeParams["client_encoding"] = "UTF8"
+	s.database = config
 	return nil
 }
 
@@ -110,80 +176,94 @@ func (s *settings) run(ctx context.Context) error {
 	if err := s.readEnvironment(); err != nil {
 		return err
 	}
-	db, health := openDB(s.database, 16), openDB(s.database, 1) // of PostgreSQL's 100, so that several instances have room
+	db := openDB(s.database, int(max(1, s.connections)))
+	health := openDB(s.database, 1)
 	defer db.Close()
 	defer health.Close()
 	if err := prepare(ctx, db, s.seed); err != nil {
 		return err
 	}
-	socket, err := net.ListenTCP("tcp", s.addr) // before the cache is touched: another instance may have the port
+	// Before the cache is touched: another instance may have the port.
+	socket, err := net.ListenTCP("tcp", s.addr)
 	if err != nil {
 		return fmt.Errorf("-addr: %w", err)
 	}
 	a := newApp(db, health, s)
-	defer a.startBackground()() // starts now; what it returns stops it, at the end
-	return serve(ctx, socket, a.routes())
+	handler := a.routes()
+	stop := a.startBackground()
+	defer stop()
+	return serve(ctx, socket, handler)
 }
 
-// openDB opens a pool of at most n connections. It pings each before it is used, because PostgreSQL may have ended it.
+// openDB opens a pool of at most n connections. Before one is used again it must show that it
+// lives, and that it may write: else its server has become a standby, or new sessions may write
+// again.
 func openDB(config *pgx.ConnConfig, n int) *sql.DB {
-	db := stdlib.OpenDB(*config, stdlib.OptionShouldPing(func(_ context.Context, p stdlib.ShouldPingParams) bool {
-		ctx, cancel := context.WithTimeout(context.Background(), pingTimeout)
-		defer cancel()
-		return p.Conn.Ping(ctx) != nil // true: pgx pings once more, fails at once, since it is closed by now, and takes another
-	}))
+	db := stdlib.OpenDB(*config,
+		stdlib.OptionShouldPing(func(context.Context, stdlib.ShouldPingParams) bool {
+			return false
+		}),
+		stdlib.OptionResetSession(func(_ context.Context, conn *pgx.Conn) error {
+			ctx, cancel := context.WithTimeout(context.Background(), pingTimeout)
+			defer cancel()
+			if pgconn.ValidateConnectTargetSessionAttrsReadWrite(ctx, conn.PgConn()) != nil {
+				return driver.ErrBadConn
+			}
+			return nil
+		}))
 	db.SetMaxOpenConns(n)
 	db.SetMaxIdleConns(n)
-	db.SetConnMaxLifetime(time.Minute) // so that a changed role, or a primary that moved behind its name, is met soon
 	return db
 }
 
-// prepare waits up to 10 s for PostgreSQL, applies the schema, and seeds an empty table.
+// prepare waits up to 10 s for PostgreSQL, applies the schema, and inserts seed listings into an
+// empty table, which may take 100 µs each.
 func prepare(ctx context.Context, db *sql.DB, seed uint) error {
-	waiting, cancel := context.WithTimeout(ctx, 10*time.Second)
+	ctx, cancel := context.WithTimeout(ctx,
+		10*time.Second+time.Duration(seed)*100*time.Microsecond)
 	defer cancel()
-	_, err := db.ExecContext(waiting, schema)
-	for first := true; err != nil; first = false {
-		cause := strings.Join(strings.Fields(err.Error()), " ") // in one line
-		switch refusal, refused := errors.AsType[*pgconn.PgError](err); {
-		case refused && refusal.Code == "55P03": // lock_not_available
-			return fmt.Errorf("PostgreSQL: somebody holds a lock on the table properties, or another instance is applying schema.sql: %s", cause)
-		case refused && (!mayPass(refusal.Code) || waiting.Err() != nil):
-			return fmt.Errorf("PostgreSQL refuses schema.sql: %s", cause)
-		case waiting.Err() != nil:
-			return fmt.Errorf("PostgreSQL does not answer at DATABASE_URL: start it with \"docker compose up -d --wait\", or use \"scripts/with-services go run .\" without DATABASE_URL and REDIS_URL set (%s)", cause)
-		case first:
-			slog.Info("waiting for PostgreSQL", "err", cause)
+	script := fmt.Sprintf("SELECT set_config('properties.seed', '%d', true);\n%s", seed, schema)
+	var why string
+	for {
+		_, err := db.ExecContext(ctx, script)
+		if err == nil {
+			return nil
 		}
-		time.Sleep(beatInterval)
-		if _, next := db.ExecContext(waiting, schema); next == nil || waiting.Err() == nil { // the deadline's error says less
-			err = next
+		refusal, refused := errors.AsType[*pgconn.PgError](err)
+		// 55P03: somebody holds a lock on the table, or another instance is at it.
+		if refused && (refusal.Code == "55P03" || !mayPass.MatchString(refusal.Code)) {
+			return fmt.Errorf("PostgreSQL refuses: %s", refusal.Message)
 		}
+		if ctx.Err() != nil {
+			return fmt.Errorf(`PostgreSQL does not answer at DATABASE_URL: start it with `+
+				`"docker compose up -d --wait", or use "scripts/with-services go run ." without `+
+				`DATABASE_URL and REDIS_URL set (%s)`, cmp.Or(why, cause(err)))
+		}
+		if why == "" {
+			slog.Info("waiting for PostgreSQL", "why", cause(err))
+		}
+		why = cause(err)
+		time.Sleep(firstPause)
 	}
-	if seed == 0 {
-		return nil
-	}
-	var inserted int
-	if err := db.QueryRowContext(ctx, `SELECT properties_seed($1)`, int64(seed)).Scan(&inserted); err != nil {
-		return fmt.Errorf("-seed %d: %w", seed, err)
-	}
-	slog.Info("seeded; none are inserted if the table has rows", "inserted", inserted)
-	return nil
 }
 
-// serve answers HTTP until ctx is done and every request has its answer, or 8 s have passed since.
+// serve answers HTTP until ctx is done and every request has its answer.
 func serve(ctx context.Context, socket net.Listener, handler http.Handler) error {
 	server := &http.Server{
 		Handler:           handler,
 		ReadHeaderTimeout: 5 * time.Second,
-		ReadTimeout:       10 * time.Second, // 64 KiB over a poor line
-		WriteTimeout:      60 * time.Second, // 27 MB, which are 100,000 listings, over a fair one; far above answerTimeout
-		IdleTimeout:       11 * time.Minute, // above a proxy's (60 s to 10 min), so that it never sends into a closing connection
-		MaxHeaderBytes:    16 << 10,
-		ErrorLog:          slog.NewLogLogger(slog.Default().Handler(), slog.LevelWarn),
+		// 64 KiB over a poor line.
+		ReadTimeout: 10 * time.Second,
+		// 28 MB, which are 100,000 listings, over a fair one; far above answerTimeout.
+		WriteTimeout: 60 * time.Second,
+		// Above a proxy's (60 s to 10 min), so that it never sends into a closing connection.
+		IdleTimeout: 11 * time.Minute,
+		// Browsers send all cookies of localhost, whichever program has set them.
+		MaxHeaderBytes: 64 << 10,
 	}
 	failed := make(chan error, 1)
-	go func() { failed <- server.Serve(socket) }() // until Shutdown begins
+	// Until Shutdown begins.
+	go func() { failed <- server.Serve(socket) }()
 	slog.Info("serving", "url", "http://"+socket.Addr().String()+propertiesPath)
 	select {
 	case err := <-failed:
@@ -191,46 +271,47 @@ func serve(ctx context.Context, socket net.Listener, handler http.Handler) error
 	case <-ctx.Done():
 		slog.Info("stopping")
 	}
-	deadline, cancel := context.WithTimeout(context.Background(), 8*time.Second) // Docker kills after 10
-	defer cancel()
-	if err := server.Shutdown(deadline); err != nil {
-		slog.Warn("requests were cut off", "err", err)
-		server.Close()
-	}
+	err := server.Shutdown(context.Background())
 	slog.Info("stopped")
-	return nil
+	return err
 }
 
 // app is the program, wired. Django: INSTALLED_APPS.
 type app struct {
 	properties *properties
-	signals    *signals
 	cache      *cache
 	listener   *listener
 	writeToken string
-	health     *sql.DB // one connection, which no slow statement keeps busy
-	pings      group   // coalesces its pings
 }
 
-// newApp connects the parts: the views to the cache, the writes to their signals, and the signals to the cache.
+// newApp connects the parts: the views to the cache, the writes to their signals, and the signals
+// to the cache. health is one connection, which no request keeps busy.
 func newApp(db, health *sql.DB, s *settings) *app {
-	p, signals := &properties{db: db}, &signals{}
-	c := newCache(s.redisURL, p.all)
-	signals.connectReceivers(c)
-	p.getAll, p.postSave, p.postDelete = c.getAllProperties, signals.postSave.send, signals.postDelete.send
-	l := &listener{db: health, config: s.database, announced: signals.announced.send}
-	return &app{properties: p, signals: signals, cache: c, listener: l, writeToken: s.writeToken, health: health}
+	p := &properties{db: db, signals: &signals{}}
+	c := newCache(s.redisURL, p, health)
+	p.list = c.getAllProperties
+	connectReceivers(p.signals, c)
+	l := &listener{config: s.database.Copy(), cache: c}
+	// So that the second of two hosts has its turn.
+	l.config.ConnectTimeout = min(l.config.ConnectTimeout, lineTimeout/2)
+	l.unheard.Store("")
+	return &app{properties: p, cache: c, listener: l, writeToken: s.writeToken}
 }
 
-// startBackground tries Redis and PostgreSQL once, so that the first request is a miss, and then goes on until stop.
+// startBackground tries Redis and PostgreSQL once, so that the first request is a miss and the
+// next one a hit, and goes on until stop. It comes after routes, which adds the pages.
 func (a *app) startBackground() (stop func()) {
 	ctx, cancel := context.WithCancel(context.Background())
-	a.cache.beat()
-	err := a.listener.listen(ctx)
+	a.cache.link.connect(ctx)
+	// If it fails, run tries again.
+	a.listener.listen(ctx)
 	var running sync.WaitGroup
-	running.Go(func() { a.listener.run(ctx, err) })
-	running.Go(func() { a.cache.run(ctx) })
-	return func() { cancel(); running.Wait() }
+	running.Go(func() { a.listener.run(ctx) })
+	running.Go(func() { a.cache.link.run(ctx) })
+	return func() {
+		cancel()
+		running.Wait()
+	}
 }
 
 // routes is the table of contents. Django: urls.py.
@@ -238,59 +319,198 @@ func (a *app) routes() http.Handler {
 	p, c := a.properties, a.cache
 	mux := http.NewServeMux()
 	mux.Handle("GET /{$}", http.RedirectHandler(propertiesPath, http.StatusTemporaryRedirect))
-	mux.Handle("GET /properties/{$}", c.cachePage(15*time.Minute, p.listView))
-	mux.Handle("POST /properties/{$}", a.authorized(p.createView))
+	mux.Handle("GET /properties/{$}", c.cachePage(propertiesPath, 15*time.Minute, p.listView))
+	mux.Handle("POST /properties/{$}", a.mayWrite(p.createView))
 	mux.Handle("GET /properties/{id}/{$}", byID(p.detailView))
-	mux.Handle("PUT /properties/{id}/{$}", a.authorized(byID(p.replaceView)))
-	mux.Handle("DELETE /properties/{id}/{$}", a.authorized(byID(p.deleteView)))
+	mux.Handle("PUT /properties/{id}/{$}", a.mayWrite(byID(p.replaceView)))
+	mux.Handle("DELETE /properties/{id}/{$}", a.mayWrite(byID(p.deleteView)))
 	mux.Handle("GET /cache/metrics/{$}", view(c.metricsView))
 	mux.Handle("GET /metrics", view(c.prometheusView))
 	mux.Handle("GET /healthz", view(a.healthView))
-	crossOrigin := http.NewCrossOriginProtection() // refuses writes that another site's page makes a browser send
-	crossOrigin.SetDenyHandler(refuse(http.StatusForbidden, "Another site's page may not write here."))
-	return a.localHost(crossOrigin.Handler(mux))
+	return a.guard(mux)
 }
 
-// authorized asks for WRITE_TOKEN, if there is one.
-func (a *app) authorized(next view) view {
+// mayWrite asks for WRITE_TOKEN, if there is one, and refuses a precondition that can't hold: no
+// property has an ETag, so no client has a right one. To ignore it would overwrite what the client
+// wanted to protect (RFC 9110 §13.1).
+func (a *app) mayWrite(next view) view {
 	return func(w http.ResponseWriter, r *http.Request) error {
 		scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
-		want, got := sha256.Sum256([]byte(a.writeToken)), sha256.Sum256([]byte(token)) // equal lengths, so that time tells nothing
-		if a.writeToken != "" && (!strings.EqualFold(scheme, "Bearer") || subtle.ConstantTimeCompare(want[:], got[:]) == 0) {
+		// The time that this takes tells the token's length at most.
+		right := subtle.ConstantTimeCompare([]byte(token), []byte(a.writeToken)) == 1
+		if a.writeToken != "" && !(right && strings.EqualFold(scheme, "Bearer")) {
 			w.Header().Set("WWW-Authenticate", `Bearer realm="properties"`)
-			return refuse(http.StatusUnauthorized, "Send Authorization: Bearer and the WRITE_TOKEN.")
+			return refuse(401, "Send Authorization: Bearer and the WRITE_TOKEN.")
+		}
+		if cmp.Or(r.Header.Get("If-Match"), "*") != "*" || r.Header.Get("If-None-Match") == "*" {
+			return refuse(412, "A property has no ETag, so this can't hold.")
 		}
 		return next(w, r)
 	}
 }
 
-// localHost answers only to this machine's own names, unless there is a token. If evil.example resolves to 127.0.0.1, a
-// browser takes its page for ours, but still sends its name as Host. (HTTP/1.0 checks send no Host; browsers do.)
-func (a *app) localHost(next http.Handler) view {
-	return func(w http.ResponseWriter, r *http.Request) error {
-		host := strings.ToLower((&url.URL{Host: r.Host}).Hostname()) // without port and brackets
-		if a.writeToken == "" && host != "localhost" && host != "127.0.0.1" && host != "::1" && r.Host != "" {
-			return refuse(http.StatusMisdirectedRequest, "This server answers to localhost, 127.0.0.1 and [::1] only. A proxy on this machine must send the Host localhost, or WRITE_TOKEN must be set.")
+// localNames can't be pointed at this machine by a DNS server: IP addresses, and localhost's own.
+// (And none, which HTTP/1.0 may send, but no browser.)
+var localNames = regexp.MustCompile(`(?i)^((.*\.)?localhost\.?|[\d.]+|\[[\da-f:.]+\])?(:\d*)?$`)
+
+// guard stands before every view. Without a token it keeps other sites' pages from using a
+// browser on this machine: if evil.example resolves to 127.0.0.1, the browser takes its page for
+// ours, but still sends its name as Host.
+func (a *app) guard(next http.Handler) http.Handler {
+	crossOrigin := http.NewCrossOriginProtection()
+	return view(func(w http.ResponseWriter, r *http.Request) error {
+		// A client may keep a copy, but must ask before it uses it, because no server can recall
+		// it. (Django: max-age=900.) That goes for errors too, or a proxy may apply a time of its
+		// own.
+		w.Header().Set("Cache-Control", "no-cache")
+		switch {
+		case a.writeToken != "":
+		case !localNames.MatchString(r.Host):
+			return refuse(421, "This answers to localhost and IP addresses only. A proxy needs "+
+				"WRITE_TOKEN set, or must send the Host localhost, and change Origin with it.")
+		case crossOrigin.Check(r) != nil:
+			return refuse(403, "Another site's page may not write here.")
 		}
 		next.ServeHTTP(w, r)
 		return nil
+	})
+}
+
+// healthView reports what answers, and whether the cache is in use. It sends Redis nothing: what
+// it says of Redis is as of the last use. Without PostgreSQL the program isn't healthy.
+func (a *app) healthView(w http.ResponseWriter, r *http.Request) error {
+	status, health := 200, map[string]string{
+		"postgresql":    "up",
+		"announcements": cmp.Or(a.listener.unheard.Load().(string), "heard"),
+		"redis":         "up",
+		"cache":         "in use",
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 900*time.Millisecond)
+	defer cancel()
+	if err := a.cache.health.PingContext(ctx); err != nil {
+		status = 503
+		health["postgresql"], health["announcements"] = cause(err), "PostgreSQL does not answer"
+	}
+	if why := a.cache.link.session.Load().bypassed(); why != "" {
+		health["redis"], health["cache"] = why, "bypassed"
+	}
+	return writeJSON(w, status, "application/json", health)
+}
+
+// A view answers a request, or returns the error to answer with. Django: a view raises Http404.
+type view func(http.ResponseWriter, *http.Request) error
+
+// ServeHTTP also turns a panic into an answer: net/http would only hang up.
+func (v view) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	err := safely(func() error { return v(w, r) })
+	if err != nil {
+		writeError(w, r, err)
 	}
 }
 
-// healthView reports what answers and whether the cache is in use. Without PostgreSQL the program isn't healthy.
-func (a *app) healthView(w http.ResponseWriter, r *http.Request) error {
-	status, health := http.StatusOK, map[string]string{"postgresql": "up", "redis": "up", "cache": "in use",
-		"announcements": cmp.Or(a.listener.unheard.get(), "heard")}
-	_, _, err := a.pings.do(900*time.Millisecond, func(ctx context.Context) (result, error) { return result{}, a.health.PingContext(ctx) })
-	if err != nil {
-		health["postgresql"], status = "down", http.StatusServiceUnavailable
-		w.Header().Set("Retry-After", "1")
-	}
-	if why := a.cache.bypassed.get(); why != "" {
-		health["cache"] = "bypassed: " + why
-		if why == noAnswer {
-			health["redis"] = "down"
+// safely runs f, and turns a panic into an error, with the stack for the log.
+func safely(f func() error) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("%w: panic: %v\n%s", errInternal, p, debug.Stack())
 		}
+	}()
+	return f()
+}
+
+// A problem is the answer to a request that fails (RFC 9457), and the error that leads to it.
+type problem struct {
+	Type   string `json:"type"`
+	Title  string `json:"title"`
+	Status int    `json:"status"`
+	Detail string `json:"detail"`
+	// Errors says what is wrong with a field.
+	Errors map[string]string `json:"errors,omitempty"`
+}
+
+func refuse(status int, detail string) *problem {
+	title := http.StatusText(status)
+	return &problem{Type: "about:blank", Title: title, Status: status, Detail: detail}
+}
+
+func (p *problem) Error() string { return p.Detail }
+
+var (
+	errNotFound = refuse(404, "There is no such property.")
+	errInternal = refuse(500, "Something is wrong on our side.")
+	errInDoubt  = refuse(503, "The database did not confirm the write: it may have been "+
+		"applied. Look before you repeat it.")
+)
+
+// writeError is the only place where an error becomes an answer. The client learns what it did
+// wrong; the log learns what we did.
+func writeError(w http.ResponseWriter, r *http.Request, err error) {
+	answer := problemOf(err)
+	if answer.Status >= 500 || answer.Status == 409 {
+		slog.Error("request failed", "method", r.Method, "path", r.URL.Path,
+			"status", answer.Status, "err", err)
 	}
-	return writeJSON(w, status, "application/json", health)
+	if answer.Status == 503 && answer != errInDoubt {
+		w.Header().Set("Retry-After", "1") // second
+	}
+	writeJSON(w, answer.Status, "application/problem+json", answer)
+}
+
+// problemOf says 503 where a later try may succeed.
+func problemOf(err error) *problem {
+	if p, ok := errors.AsType[*problem](err); ok {
+		return p
+	}
+	why := "does not answer"
+	refusal, refused := errors.AsType[*pgconn.PgError](err)
+	_, unreachable := errors.AsType[*pgconn.ConnectError](err)
+	switch {
+	case !unreachable && errors.Is(err, context.DeadlineExceeded):
+		why = "took longer than 4 s"
+	case !refused:
+	case refusal.Code == "25006":
+		why = "is read-only"
+	case strings.HasPrefix(refusal.Code, "23"):
+		return refuse(409, "The database refuses this: it would break one of its constraints.")
+	case mayPass.MatchString(refusal.Code):
+		why = "can't do this now"
+	default:
+		return errInternal
+	}
+	return refuse(503, fmt.Sprintf("The database %s: nothing was changed. Try again.", why))
+}
+
+// mayPass finds the SQLSTATEs after which a later try may succeed: connection, transaction state,
+// rollback, resources, a full queue of NOTIFY, locks, shutdown, I/O.
+var mayPass = regexp.MustCompile(`^(08|25|40|53|54000|55|57|58)`)
+
+// cause returns an error's innermost reason, in the words of PostgreSQL, Redis or the system:
+// errors put what they wrap at their end. So it names no address that these words don't have.
+func cause(err error) string {
+	if errors.Is(err, context.DeadlineExceeded) {
+		return "no answer in time"
+	}
+	words := strings.Split(err.Error(), ": ")
+	return words[len(words)-1]
+}
+
+func writeJSON(w http.ResponseWriter, status int, contentType string, v any) error {
+	body := encode(v)
+	w.Header().Set("Content-Type", contentType)
+	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
+	w.WriteHeader(status)
+	// This fails only if the client has left.
+	w.Write(body)
+	return nil
+}
+
+// encode is json.Marshal that leaves <, > and & as they are, and ends in a newline for the
+// terminal.
+func encode(v any) []byte {
+	var body bytes.Buffer
+	encoder := json.NewEncoder(&body)
+	encoder.SetEscapeHTML(false)
+	// All our types can be encoded.
+	encoder.Encode(v)
+	return body.Bytes()
 }

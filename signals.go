@@ -1,137 +1,217 @@
-// signals.go: who hears of a write. Django: post_save, post_delete, @receiver, and Signal.send_robust.
+// signals.go: who hears of a write. Django: post_save, post_delete, @receiver, and send_robust.
 //
-// Rule 4: every commit invalidates, whoever made it. A process's own signals, sent before its write is answered, would
-// not be enough. So PostgreSQL announces each commit (see schema.sql), and the listener sends a signal for it. Else:
-//
-//  1. psql changes a row, or a process dies between its COMMIT and its invalidation
-//  2. a reader hits: the old list, for up to 75 minutes
+// The second half is the rule announcement: every commit is announced, whoever made it.
 
 package main
 
 import (
 	"context"
 	"crypto/rand"
-	"database/sql"
+	"fmt"
 	"log/slog"
+	"sync/atomic"
 	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 )
 
-// A signal is a list of receivers, all connected before the program serves. They run in that order, before the answer.
-type signal []receiver
-
-type receiver struct {
-	name string // for the log
-	hear func(change) error
+// A change is what a signal carries. Django: the instance and created of post_save.
+type change struct {
+	property property
+	created  bool        // inserted, and not replaced or deleted
+	write    transaction // the write's name
 }
+
+// A signal is a list of receivers. All are connected before the program serves.
+type signal struct{ receivers []func(change) }
 
 // connect adds a receiver. Django: @receiver(post_save, sender=Property).
-func (s *signal) connect(name string, hear func(change) error) { *s = append(*s, receiver{name, hear}) }
+func (s *signal) connect(receiver func(change)) {
+	s.receivers = append(s.receivers, receiver)
+}
 
-// send calls every receiver. The row is committed, so one that fails or panics is only logged, and the next one runs.
-func (s signal) send(c change) {
-	for _, r := range s {
-		if err := safely(func() error { return r.hear(c) }); err != nil {
-			slog.Error("signal: a receiver failed; the write is committed", "receiver", r.name, "err", err)
+// send calls the receivers, in the order in which they were connected. The write is committed, so
+// one that panics is only logged, and the next one is called.
+func (s *signal) send(c change) {
+	for _, receiver := range s.receivers {
+		err := safely(func() error {
+			receiver(c)
+			return nil
+		})
+		if err != nil {
+			slog.Error("signal: a receiver failed", "err", err)
 		}
 	}
 }
 
-// signals are the program's three. All are sent after the commit. (Django sends post_delete before it: a reader can
-// fill the cache with the row again before the row is gone.)
+// signals are sent after the commit, and before the write is answered. (Django sends post_delete
+// before the commit: a reader can fill the cache with the row again before it is gone.)
 type signals struct {
-	postSave, postDelete signal // this process has written
-	announced            signal // anybody has written, this process too; the change holds only the transaction's name
+	postSave, postDelete signal
+
+	// inDoubt is sent when a COMMIT was not confirmed: the change may be there, or may still come.
+	inDoubt signal
 }
 
-// connectReceivers says who hears of what. Django: @receiver, and AppConfig.ready(), which imports signals.py.
-func (s *signals) connectReceivers(cache *cache) {
-	logs := func(what string) func(change) error {
-		return func(c change) error { slog.Info(what, "id", c.property.ID, "created", c.created); return nil }
+// connectReceivers says who hears of what. Django: @receiver, and AppConfig.ready().
+func connectReceivers(s *signals, c *cache) {
+	learn := func(written change) { c.learn(written.write) }
+	for name, on := range map[string]*signal{"saved": &s.postSave, "deleted": &s.postDelete} {
+		on.connect(learn)
+		on.connect(func(change) { c.invalidate() })
+		// Last, because a log that nobody reads may hold up the rest.
+		on.connect(func(written change) {
+			slog.Info("property "+name, "id", written.property.ID, "created", written.created)
+		})
 	}
-	invalidate := func(c change) error { cache.invalidate(c.transaction); return nil }
-	s.postSave.connect("log", logs("property saved"))
-	s.postSave.connect("invalidate", invalidate)
-	s.postDelete.connect("log", logs("property deleted"))
-	s.postDelete.connect("invalidate", invalidate)
-	s.announced.connect("invalidate", invalidate)
+	// To delete the entries now would be too early, because the change may be still to come.
+	s.inDoubt.connect(learn)
 }
 
-const notHeard = "announcements are not heard: the commits of others stay unseen until they are, or until the TTLs end"
-
-// A listener hears PostgreSQL's announcements on a connection of its own.
+// A listener learns of the commits of others. Without it:
+//
+//  1. psql changes a row, or a process dies between its COMMIT and its invalidation
+//  2. a reader hits: the old list, for up to 75 minutes
+//
+// So a trigger in schema.sql announces each commit with NOTIFY, and the listener hears of it on a
+// connection of its own. While it can't hear, it asks: it takes a new floor about every second.
 type listener struct {
-	db        *sql.DB // for the probe; not the listener's own connection, and never busy
-	config    *pgx.ConnConfig
-	announced func(change)
-	conn      *pgx.Conn
-	probe     string // an announcement of our own that has not arrived yet; or ""
-	unheard   reason // why announcements are not heard
+	config *pgx.ConnConfig
+	cache  *cache
+	conn   *pgx.Conn
+
+	// probe is a channel of our own, or "" once an announcement that we sent there came back.
+	probe string
+	// unheard is why they are not heard, or "".
+	unheard atomic.Value
 }
 
-// run hears until ctx is done, and listens anew after each failure. err is what the first listen returned.
-func (l *listener) run(ctx context.Context, err error) {
-	for {
-		if err == nil {
-			err = l.hear(ctx)
-			l.conn.Close(context.Background())
-		}
-		if ctx.Err() != nil {
-			return
-		}
-		l.unheard.set(notHeard, "not heard: the connection to PostgreSQL failed", err)
-		time.Sleep(beatInterval)
-		err = l.listen(ctx)
-	}
-}
+const (
+	// silence is how long the line may be silent until the listener looks whether it hears, and
+	// asks if it doesn't.
+	silence = time.Second
 
-// listen ends a gap: it connects, LISTENs, and only then invalidates, because announcements in the gap are lost. The
-// invalidation is named and announced, too: other instances find it done, and if we don't hear it, we hear nothing.
+	// lineTimeout is for listening anew. While that hangs nobody asks, so it is short.
+	lineTimeout = time.Second
+
+	// pingTimeout is for a question that costs PostgreSQL nothing.
+	pingTimeout = 500 * time.Millisecond
+)
+
+// listen begins to hear, unless it has begun. What was announced before is lost, so it takes a
+// floor after LISTEN.
 func (l *listener) listen(ctx context.Context) error {
+	if l.conn != nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, lineTimeout)
+	defer cancel()
 	conn, err := pgx.ConnectConfig(ctx, l.config)
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, 2*pingTimeout)
-	defer cancel()
-	l.conn, l.probe = conn, "listen@"+rand.Text()
-	if _, err = conn.Exec(ctx, "LISTEN properties"); err == nil {
-		_, err = l.db.ExecContext(ctx, "SELECT pg_notify('properties', $1)", l.probe)
+	l.probe = rand.Text()
+	if _, err = conn.Exec(ctx, `LISTEN properties; LISTEN "`+l.probe+`"`); err == nil {
+		err = l.cache.raiseFloor()
+	}
+	// The probe comes last: a floor that has seen its transaction would make every entry
+	// outdated. It comes from elsewhere, because a pooler may run both statements of one client
+	// on one connection.
+	if err == nil {
+		_, err = l.cache.health.ExecContext(ctx, "SELECT pg_notify($1, '')", l.probe)
 	}
 	if err != nil {
 		conn.Close(ctx)
 		return err
 	}
-	l.announced(change{transaction: l.probe})
+	l.conn = conn
 	return nil
 }
 
-// hear passes announcements on until the line fails. A dead line is silent, so it pings after a second of silence.
+// hear learns what is announced, until the line fails.
 func (l *listener) hear(ctx context.Context) error {
 	for {
-		wait, cancel := context.WithTimeout(ctx, time.Second)
-		n, err := l.conn.WaitForNotification(wait)
+		waiting, cancel := context.WithTimeout(ctx, silence)
+		n, err := l.conn.WaitForNotification(waiting)
 		cancel()
-		if pgconn.Timeout(err) && ctx.Err() == nil {
-			if l.probe != "" {
-				l.unheard.set(notHeard, "not heard: is there a pooler in transaction mode? Give DATABASE_URL a direct connection", nil)
-			}
-			ping, cancel := context.WithTimeout(ctx, pingTimeout)
-			err = l.conn.Ping(ping)
-			cancel()
+		switch {
+		case pgconn.Timeout(err) && ctx.Err() == nil:
+			err = l.look(ctx)
+		case err != nil:
+		case n.Channel == l.probe:
+			l.probe = ""
+			err = l.look(ctx)
+		default:
+			var write transaction
+			// What is no name, such as an operator's, is as good as one of another server.
+			fmt.Sscan(n.Payload, &write.server, &write.id)
+			err = l.cache.learn(write)
 		}
 		if err != nil {
 			return err
 		}
-		if n != nil && l.probe != "" && n.Payload == l.probe {
-			l.probe = ""
-			l.unheard.set("", "", nil)
-			slog.Info("announcements are heard: the commits of others invalidate, too")
+	}
+}
+
+// look finds out whether announcements are heard: the trigger is there and enabled, and the probe
+// came back. If not, or if the floor is none of this server's, it takes a new one. It fails if
+// the line is dead, or leads to a server that is read-only, as a failover may leave one.
+func (l *listener) look(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, pingTimeout)
+	defer cancel()
+	var server string
+	var announced bool
+	err := l.conn.QueryRow(ctx, `SELECT properties_line(), EXISTS (SELECT FROM pg_trigger
+		WHERE tgrelid = 'properties'::regclass AND tgname = 'properties_announce'
+			AND tgenabled IN ('A', 'O'))`).Scan(&server, &announced)
+	if err != nil {
+		return err
+	}
+	why := ""
+	switch {
+	case !announced:
+		why = "asking: the trigger properties_announce is missing or disabled"
+	case l.probe != "":
+		why = "asking: is there a pooler in transaction mode? It swallows announcements"
+	}
+	floor, _ := l.cache.known.get()
+	// Once more when they are heard again: what was committed until now wasn't announced.
+	if before := l.note(why); why+before != "" || floor.Server != server {
+		return l.cache.raiseFloor()
+	}
+	return nil
+}
+
+// note says why announcements are not heard, or "", logs what is new, and returns what it was
+// before.
+func (l *listener) note(why string) (before string) {
+	before = l.unheard.Swap(why).(string)
+	if why != "" && why != before {
+		slog.Warn("announcements are not heard: the commits of others show within 2 s", "why", why)
+	}
+	if why == "" && before != "" {
+		slog.Info("announcements are heard: the commits of others show at once")
+	}
+	return before
+}
+
+// run hears until ctx is done, and listens anew after each failure.
+func (l *listener) run(ctx context.Context) {
+	for {
+		err := l.listen(ctx)
+		if err == nil {
+			err = l.hear(ctx)
+			l.conn.Close(context.Background())
+			l.conn = nil
 		}
-		if n != nil { // nil: only silence
-			l.announced(change{transaction: n.Payload})
+		if ctx.Err() != nil {
+			return
 		}
+		l.note("asking: " + cause(err))
+		// While this fails, nobody can commit as far as we can tell, so hits go on.
+		l.cache.raiseFloor()
+		// With lineTimeout, this makes it ask more often than every 2 s.
+		time.Sleep(silence / 2)
 	}
 }
