@@ -1,6 +1,7 @@
 //go:build readme
 
-// readme_test.go: the README's shell sessions, run against the program. It needs curl, redis-cli and psql.
+// readme_test.go: the shell sessions of the README and of docs/, run against the program. They
+// need curl, redis-cli and psql.
 
 package main
 
@@ -12,43 +13,66 @@ import (
 	"testing"
 )
 
-// varies finds what differs from run to run. (A created_at whose last digits are 0 goes without them, and that
-// shows in the length of the new property. redis-cli says "(integer)" in a terminal only.)
-var varies = regexp.MustCompile(`(?m)^Date: .*|ttl=\d+|^\d{3,4}$|^Age: \d+|\d{4}-\d\d-\d\dT[\d:.]+Z|^Content-Length: 1\d\d$`)
+// sessions are fenced blocks of commands and what they print.
+var sessions = regexp.MustCompile("(?s)```console\n(.*?)```")
 
-// What the README shows is what a reader sees.
+// varies finds what differs from run to run: times, ages, and the names of snapshots.
+var varies = regexp.MustCompile(`(?m)^Date: .*|^Age: \d+|ttl=\d+|took [\d.]+ s|` +
+	`\d{4}-\d\d-\d\dT[\d:.]+Z|"server" : "[\d.]+"|"xmax" : \d+|"running" : \[\d[\d, ]*\]`)
+
+// What the pages show is what a reader sees. Each page begins with a fresh program, 100 listings,
+// and a Redis of its own.
 func TestREADME(t *testing.T) {
-	readme, err := os.ReadFile("README.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	reset(t)
-	dialRedis(t, services.redisURL).Do("CONFIG", "RESETSTAT")
-	p := runMain(t, nil, "-addr", "127.0.0.1:0", "-seed", "100").serving(t)
-	here := strings.NewReplacer("localhost:8000", strings.TrimPrefix(p.url, "http://"))
-	commands := 0
-	for _, block := range regexp.MustCompile("(?s)```console\n(.*?)```").FindAllStringSubmatch(string(readme), -1) {
-		for _, step := range strings.Split("\n"+block[1], "\n$ ")[1:] {
-			command, want, _ := strings.Cut(step, "\n")
-			shell := exec.Command("bash", "-c", here.Replace(command))
-			shell.Env = append(os.Environ(), "REDIS_URL="+services.redisURL, "DATABASE_URL="+databaseURL(t))
-			output, err := shell.Output()
+	pages := map[string]int{"README.md": 9, "docs/lab.md": 45, "docs/steps.md": 16}
+	for page, atLeast := range pages {
+		t.Run(page, func(t *testing.T) {
+			text, err := os.ReadFile(page)
 			if err != nil {
-				t.Fatalf("%s: %v", command, err)
+				t.Fatal(err)
 			}
-			got := strings.ReplaceAll(string(output), "\r", "")
-			if normal(got) != normal(want) {
-				t.Errorf("$ %s\nprints\n%s\nand README.md has\n%s", command, got, want)
+			reset(t)
+			redisURL := startRedis(t).url
+			p := runMain(t, []string{"REDIS_URL=" + redisURL},
+				"-addr", "127.0.0.1:0", "-seed", "100").serving(t)
+			// Where the pages say 8000.
+			here := strings.TrimPrefix(p.url, "http://")
+			n := 0
+			for _, session := range sessions.FindAllStringSubmatch(string(text), -1) {
+				for _, step := range strings.Split("\n"+session[1], "\n$ ")[1:] {
+					runStep(t, strings.ReplaceAll(step, "localhost:8000", here), redisURL)
+					n++
+				}
 			}
-			commands++
-		}
-	}
-	if commands < 11 {
-		t.Errorf("only %d commands found", commands)
+			if n < atLeast {
+				t.Errorf("only %d commands found, want %d or more", n, atLeast)
+			}
+		})
 	}
 }
 
-// normal is what a command printed, without what varies.
+// runStep runs a command, and compares what it prints. A command goes on in lines that begin with
+// "> ".
+func runStep(t *testing.T, step, redisURL string) {
+	t.Helper()
+	command, want, _ := strings.Cut(step, "\n")
+	for strings.HasPrefix(want, "> ") {
+		line, rest, _ := strings.Cut(want[2:], "\n")
+		command, want = command+"\n"+line, rest
+	}
+	shell := exec.Command("bash", "-c", command)
+	shell.Env = append(os.Environ(), "REDIS_URL="+redisURL, "DATABASE_URL="+databaseURL(t))
+	output, err := shell.Output()
+	if err != nil {
+		t.Fatalf("%s: %v", command, err)
+	}
+	if got := string(output); normal(got) != normal(want) {
+		t.Errorf("$ %s\nprints\n%s\nand the page has\n%s", command, got, want)
+	}
+}
+
+// normal is what a command printed, without what varies. (redis-cli says "(integer)" in a terminal
+// only.)
 func normal(printed string) string {
-	return varies.ReplaceAllString(strings.ReplaceAll(strings.TrimSpace(printed), "(integer) ", ""), "…")
+	printed = strings.NewReplacer("\r", "", "(integer) ", "").Replace(strings.TrimSpace(printed))
+	return varies.ReplaceAllString(printed, "…")
 }
