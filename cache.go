@@ -451,10 +451,11 @@ func (c *cache) learn(t transaction) error {
 		return nil
 	}
 	err := c.raiseFloor()
-	floor, _ := c.known.get()
-	if err != nil && floor.Server != t.server {
+	// A floor of the write's server may have come meanwhile, but been asked for before the write.
+	if err != nil && !c.known.learn(t) {
 		// Nobody can tell which entry has seen the write. This id none has seen, so that there are
 		// no hits until there is a floor that is asked for later.
+		floor, _ := c.known.get()
 		c.known.learn(transaction{floor.Server, math.MaxUint64})
 	}
 	return err
