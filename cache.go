@@ -2,7 +2,7 @@
 //
 //	GET /properties/ → page:/properties/ (15 minutes) → all_properties (1 hour) → PostgreSQL
 //
-// Four rules keep outdated data from the client. Next call, snapshot and fence are the parts 2 to
+// Four rules keep stale data from the client. Next call, snapshot and fence are the parts 2 to
 // 4 of this file, in this order; announcement is in signals.go.
 
 package main
@@ -16,7 +16,6 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"database/sql"
-	"encoding/base64"
 	"encoding/json"
 	"fmt"
 	"log/slog"
@@ -48,7 +47,7 @@ type cache struct {
 	list  *slot
 
 	known         known
-	health        *sql.DB // where a floor is asked for
+	reserved      *sql.DB // where a floor is asked for
 	floors        group[snapshot]
 	invalidations group[bool]
 }
@@ -83,14 +82,14 @@ type result struct {
 const (
 	hit    = "hit"
 	miss   = "uri-miss" // Redis has no entry
-	stale  = "stale"    // Redis has an entry that has not seen all
+	stale  = "stale"    // Redis has an entry that has not seen all, or garbage
 	bypass = "bypass"   // Redis was not asked, or did not answer
 )
 
 // newCache returns a cache that bypasses Redis until its link is connected.
-func newCache(redisURL *url.URL, p *properties, health *sql.DB) *cache {
-	// Besides the slots' connections: one for an invalidation, and three for INFO.
-	c := &cache{health: health, link: link{url: redisURL, connections: 4}}
+func newCache(redisURL *url.URL, p *properties, reserved *sql.DB) *cache {
+	// Besides one for each slot: one for an invalidation, and three more, for INFO.
+	c := &cache{reserved: reserved, link: link{url: redisURL, connections: 4}}
 	c.link.session.Store(&session{})
 	c.list = c.addSlot(&slot{
 		level: &c.lists,
@@ -101,10 +100,11 @@ func newCache(redisURL *url.URL, p *properties, health *sql.DB) *cache {
 	return c
 }
 
+// addSlot adds a key, with its connection to Redis.
 func (c *cache) addSlot(s *slot) *slot {
 	s.cache = c
 	c.slots = append(c.slots, s)
-	// One call of each slot runs at a time, and keeps one connection.
+	// One call of each slot runs at a time.
 	c.link.connections++
 	return s
 }
@@ -116,10 +116,16 @@ func (c *cache) getAllProperties() (*entry, error) {
 	return r.entry, err
 }
 
-// cachePage wraps a view, so that its answer to GET path, which has no wildcard, comes from Redis
-// for ttl, in whole seconds. Every write invalidates it. Django: @cache_page(60 * 15).
-func (c *cache) cachePage(path string, ttl time.Duration, v view) view {
-	page := func(key string, zipped bool) *slot {
+// cachePage wraps a view, so that its answer to GET path comes from Redis for ttl. (path ends in a
+// slash and has no wildcard; ttl has whole seconds.) Every write invalidates it. Django:
+// @cache_page(60 * 15). It also returns the pattern for ServeMux, which takes no pattern twice, so
+// no two pages share a key.
+//
+// The view must set the header Snapshot to what its data has seen: that of getAllProperties, as
+// listView does, or one that it has asked for before its rows, as allView does. It gets nothing of
+// the client's request. A later version of the program takes its entries: see docs/operations.md.
+func (c *cache) cachePage(path string, ttl time.Duration, v view) (pattern string, page view) {
+	form := func(key string, zipped bool) *slot {
 		return c.addSlot(&slot{
 			level:  &c.pages,
 			key:    key,
@@ -129,8 +135,8 @@ func (c *cache) cachePage(path string, ttl time.Duration, v view) view {
 			zipped: zipped,
 		})
 	}
-	plain, zipped := page("page:"+path, false), page("page:"+path+":gzip", true)
-	return func(w http.ResponseWriter, r *http.Request) error {
+	plain, zipped := form("page:"+path, false), form("page:"+path+":gzip", true)
+	return "GET " + path + "{$}", func(w http.ResponseWriter, r *http.Request) error {
 		s := plain
 		if acceptsGzip(r.Header) {
 			s = zipped
@@ -260,7 +266,7 @@ func (a *answer) seal() (*entry, error) {
 	message.Write(a.Bytes())
 	e, err := parseEntry(message.Bytes())
 	if err != nil {
-		return nil, fmt.Errorf("%w: a view must say what it has seen: %w", errInternal, err)
+		return nil, fmt.Errorf("%w: a cached view must set Snapshot: %w", errInternal, err)
 	}
 	return e, nil
 }
@@ -280,7 +286,7 @@ func parseEntry(message []byte) (*entry, error) {
 // etag is a strong validator (RFC 9110 §8.8.3): 128 bits tell any two bodies apart.
 func etag(body []byte) string {
 	sum := sha256.Sum256(body)
-	return `"` + base64.RawURLEncoding.EncodeToString(sum[:16]) + `"`
+	return fmt.Sprintf(`"%x"`, sum[:16])
 }
 
 // Part 2: next call
@@ -291,11 +297,10 @@ func etag(body []byte) string {
 //  2. a writer commits, invalidates, and has its answer
 //  3. reader B asks, joins A's look-up, and gets the old rows
 
-// answerTimeout is how long a request waits for calls. It suffices for a list that takes 2 s, also
-// if readers of both forms of a page come at once while nothing can be stored:
-//
-//	4 s: the page's call that runs waits for the list's call that runs, and for the next one
-//	4 s: so does the page's next call, which is this request's
+// answerTimeout is how long a request waits for its call. It suffices for a list that takes 2 s,
+// even if nothing can be stored and readers of both forms of the page come at once. Then a page's
+// call takes 4 s: it waits for the list's call that runs, and for the list's next one. And a
+// request waits for two of the page's calls: the one that runs, and the next one, which is its own.
 const answerTimeout = 9 * time.Second
 
 // A group runs one call at a time, and lets callers share the next one. The zero value works.
@@ -360,8 +365,8 @@ func (g *group[T]) doCall(c *call[T], fn func(context.Context) (T, error)) {
 
 // Part 3: snapshot
 //
-// An entry must have seen every write that its reader knows of. Otherwise Redis would have to be
-// believed:
+// An entry must have seen every write that the instance which uses it knows of. Otherwise Redis
+// would have to be believed:
 //
 //  1. a writer commits, and its invalidation is lost, because Redis hangs
 //  2. Redis recovers, still with the old page, and serves it for 15 minutes
@@ -385,6 +390,7 @@ type snapshot struct {
 	Running []uint64
 }
 
+// saw reports whether s has seen the transaction.
 func (s snapshot) saw(id uint64) bool { return id < s.Xmax && !slices.Contains(s.Running, id) }
 
 // covers reports whether s has seen all that t has.
@@ -404,17 +410,21 @@ type known struct {
 	writes []uint64
 }
 
+// get returns what there is. Nobody changes the ids of the slice, but learn appends to it.
 func (k *known) get() (floor snapshot, writes []uint64) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return k.floor, k.writes
 }
 
-// manyWrites is when a new floor takes their place.
+// manyWrites is when a new floor is to take their place. (An own write counts twice, because it is
+// announced, too.)
 const manyWrites = 100
 
-// learn notes a write. It returns false if a new floor is wanted: there is none, or one of another
-// server, so only one that is asked for from now on is sure to cover the write; or there are many.
+// learn notes a write. It returns false if a new floor is wanted. Either there is none of the
+// write's server, so that the write can't be noted: only a floor that is asked for from now on is
+// sure to cover it. (A write in doubt may come later still. Then it is announced.) Or it is noted,
+// and it is one of the manyWrites-th, each of which asks for one.
 func (k *known) learn(t transaction) bool {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -422,11 +432,12 @@ func (k *known) learn(t transaction) bool {
 		return false
 	}
 	k.writes = append(k.writes, t.id)
-	return len(k.writes) < manyWrites
+	return len(k.writes)%manyWrites > 0
 }
 
 // raise replaces the floor, and the first writes, which were known when floor was asked for. What
-// was learned since then stays, because floor may not have seen it.
+// was learned since then stays, because floor may not have seen it. (If floor is another server's,
+// none stays, because all are the old server's.)
 func (k *known) raise(floor snapshot, asked int) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -444,17 +455,17 @@ func (k *known) seenBy(s snapshot) bool {
 	return floor.Server != "" && s.covers(floor) && !slices.ContainsFunc(writes, unseen)
 }
 
-// learn notes a write. Where its name says nothing, and where there are many, it takes a new
-// floor.
+// learn notes a write, and takes a new floor where one is wanted. If that fails, so does learn,
+// but nothing that lacks the write is a hit all the same.
 func (c *cache) learn(t transaction) error {
 	if c.known.learn(t) {
 		return nil
 	}
 	err := c.raiseFloor()
-	// A floor of the write's server may have come meanwhile, but been asked for before the write.
+	// Without one, it may be possible by now to note it: an earlier call may have brought a floor.
 	if err != nil && !c.known.learn(t) {
-		// Nobody can tell which entry has seen the write. This id none has seen, so that there are
-		// no hits until there is a floor that is asked for later.
+		// Nobody can tell which entry has seen the write. So this id stands for it, which none has
+		// seen. There are no hits until there is a floor that is asked for later.
 		floor, _ := c.known.get()
 		c.known.learn(transaction{floor.Server, math.MaxUint64})
 	}
@@ -469,7 +480,7 @@ func (c *cache) raiseFloor() error {
 		defer cancel()
 		_, writes := c.known.get()
 		var text []byte
-		err = c.health.QueryRowContext(ctx, `SELECT properties_snapshot()`).Scan(&text)
+		err = c.reserved.QueryRowContext(ctx, `SELECT properties_snapshot()`).Scan(&text)
 		if err == nil {
 			err = json.Unmarshal(text, &floor)
 		}
@@ -488,7 +499,7 @@ func (c *cache) raiseFloor() error {
 //
 //  1. reader: misses, and reads the old rows
 //  2. writer: commits the new row, deletes the keys, and answers
-//  3. reader: stores the old rows, for an hour
+//  3. reader: stores the old rows, and serves them until it hears of the write
 //
 // So an invalidation also changes the fence. The reader WATCHes it before it reads the rows, and
 // stores with EXEC, which does nothing if the fence has changed since. (WATCH on the entry's key
@@ -519,23 +530,23 @@ func (s *slot) get() (result, error) {
 // lookUp is get for all who share the call. Redis counts it as one look-up, or two if it sends a
 // body.
 func (s *slot) lookUp(ctx context.Context) (result, error) {
-	session := s.cache.link.session.Load()
-	if session.pool != nil {
-		conn := session.pool.Get()
+	current := s.cache.link.session.Load()
+	if current.pool != nil {
+		conn := current.pool.Get()
 		// This also ends the WATCH.
 		defer conn.Close()
 		e, outcome, err := s.find(conn)
 		if outcome == hit {
-			session.proves()
+			current.proves()
 			return result{entry: e, outcome: hit}, nil
 		}
 		if err == nil {
 			_, err = conn.Do("WATCH", fenceKey)
 		}
 		if err == nil {
-			return s.fill(ctx, session, conn, outcome)
+			return s.fill(ctx, current, conn, outcome)
 		}
-		s.cache.link.end(session, err)
+		s.cache.link.end(current, err)
 	}
 	e, err := s.load(ctx)
 	return result{entry: e, outcome: bypass}, err
@@ -571,7 +582,7 @@ func (s *slot) find(conn redis.Conn) (e *entry, outcome string, err error) {
 }
 
 // fill loads the entry and stores it, unless the fence has changed since WATCH.
-func (s *slot) fill(ctx context.Context, session *session, conn redis.Conn, outcome string) (
+func (s *slot) fill(ctx context.Context, current *session, conn redis.Conn, outcome string) (
 	result, error) {
 	began := time.Now()
 	e, err := s.load(ctx)
@@ -581,7 +592,7 @@ func (s *slot) fill(ctx context.Context, session *session, conn redis.Conn, outc
 	r := result{entry: e, outcome: outcome}
 	// It isn't stored if its list of running transactions is too long for a look-up, or if
 	// somebody has seen meanwhile that Redis fails.
-	if len(e.head) > maxHead || s.cache.link.session.Load() != session {
+	if len(e.head) > maxHead || s.cache.link.session.Load() != current {
 		return r, nil
 	}
 	err = execute(conn, bodyTimeout,
@@ -591,27 +602,28 @@ func (s *slot) fill(ctx context.Context, session *session, conn redis.Conn, outc
 		return r, nil
 	}
 	if err != nil {
-		s.cache.link.end(session, err)
+		s.cache.link.end(current, err)
 		return r, nil
 	}
 	r.outcome += "; stored"
 	s.kept.Store(e)
-	session.proves()
+	current.proves()
 	slog.Info("cache: filled", "key", s.key, "fwd", outcome, "bytes", len(e.message),
 		"took", time.Since(began))
 	return r, nil
 }
 
 // invalidate changes the fence and deletes every entry, in a call that begins after now: writers
-// who wait share it. In a bypass it does nothing: no instance needs it to know what is outdated.
+// who wait share it. In a bypass it does nothing: then the others serve the old rows until they
+// hear of the write.
 func (c *cache) invalidate() {
 	_, _, err := c.invalidations.do(func(context.Context) (bool, error) {
-		session := c.link.session.Load()
-		if session.pool == nil {
+		current := c.link.session.Load()
+		if current.pool == nil {
 			slog.Info("cache: not invalidated, because Redis is bypassed")
 			return false, nil
 		}
-		conn := session.pool.Get()
+		conn := current.pool.Get()
 		defer conn.Close()
 		del := redis.Args{"DEL"}
 		for _, s := range c.slots {
@@ -620,7 +632,7 @@ func (c *cache) invalidate() {
 		// Not INCR, which would fail if somebody put another type there.
 		err := execute(conn, redisTimeout, redis.Args{"SET", fenceKey, rand.Text()}, del)
 		if err != nil {
-			c.link.end(session, err)
+			c.link.end(current, err)
 			return false, nil
 		}
 		slog.Info("cache: invalidated")

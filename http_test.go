@@ -250,7 +250,8 @@ func TestCachePage(t *testing.T) {
 		{"/a-panic/", func(http.ResponseWriter, *http.Request) error { panic("in a view") }, 500},
 	}
 	for _, test := range tests {
-		page := &program{url: newServer(t, p.cache.cachePage(test.path, time.Minute, test.view))}
+		_, cached := p.cache.cachePage(test.path, time.Minute, test.view)
+		page := &program{url: newServer(t, cached)}
 		for _, method := range []string{"HEAD", "GET"} {
 			e := page.want(t, test.status, method, test.path+"?a", titled("Loft"), "Cookie", "b=c")
 			if stored := p.exist(t, "page:"+test.path) == 1; stored != (test.status == 200) {

@@ -46,7 +46,8 @@ const (
 
   -addr host:port  where to listen (default 127.0.0.1:8000)
   -seed N          insert N listings if there are none
-  -connections N   to PostgreSQL, for requests, at most (default 16); two more are for the rest
+  -connections N   to PostgreSQL, for requests, at most (default 16; 0 is 1); two more are for the
+                   rest
   DATABASE_URL     default ` + defaultDatabaseURL + `
   REDIS_URL        default ` + defaultRedisURL + `
   WRITE_TOKEN      if set, writes need "Authorization: Bearer" with it; needed to listen beyond
@@ -139,6 +140,7 @@ func (s *settings) readEnvironment() error {
 	return nil
 }
 
+// readDatabaseURL takes a primary only, and sets what the program needs of a connection.
 func (s *settings) readDatabaseURL() error {
 	raw := cmp.Or(os.Getenv("DATABASE_URL"), defaultDatabaseURL)
 	if !databaseForm.MatchString(raw) {
@@ -177,9 +179,9 @@ func (s *settings) run(ctx context.Context) error {
 		return err
 	}
 	db := openDB(s.database, int(max(1, s.connections)))
-	health := openDB(s.database, 1)
+	reserved := openDB(s.database, 1)
 	defer db.Close()
-	defer health.Close()
+	defer reserved.Close()
 	if err := prepare(ctx, db, s.seed); err != nil {
 		return err
 	}
@@ -188,16 +190,16 @@ func (s *settings) run(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("-addr: %w", err)
 	}
-	a := newApp(db, health, s)
+	a := newApp(db, reserved, s)
 	handler := a.routes()
 	stop := a.startBackground()
 	defer stop()
 	return serve(ctx, socket, handler)
 }
 
-// openDB opens a pool of at most n connections. Before one is used again it must show that it
-// lives, and that it may write: else its server has become a standby, or new sessions may write
-// again.
+// openDB opens a pool of at most n connections. One is used again only if it lives and may write.
+// If it may not, its server has become a standby, or was read-only when it began, and a new
+// connection may write again.
 func openDB(config *pgx.ConnConfig, n int) *sql.DB {
 	db := stdlib.OpenDB(*config,
 		stdlib.OptionShouldPing(func(context.Context, stdlib.ShouldPingParams) bool {
@@ -285,21 +287,22 @@ type app struct {
 }
 
 // newApp connects the parts: the views to the cache, the writes to their signals, and the signals
-// to the cache. health is one connection, which no request keeps busy.
-func newApp(db, health *sql.DB, s *settings) *app {
+// to the cache. reserved is one connection, which no request keeps busy.
+func newApp(db, reserved *sql.DB, s *settings) *app {
 	p := &properties{db: db, signals: &signals{}}
-	c := newCache(s.redisURL, p, health)
+	c := newCache(s.redisURL, p, reserved)
 	p.list = c.getAllProperties
 	connectReceivers(p.signals, c)
 	l := &listener{config: s.database.Copy(), cache: c}
 	// So that the second of two hosts has its turn.
 	l.config.ConnectTimeout = min(l.config.ConnectTimeout, lineTimeout/2)
+	// Until the first look, a second after the start at most.
 	l.unheard.Store("")
 	return &app{properties: p, cache: c, listener: l, writeToken: s.writeToken}
 }
 
-// startBackground tries Redis and PostgreSQL once, so that the first request is a miss and the
-// next one a hit, and goes on until stop. It comes after routes, which adds the pages.
+// startBackground tries Redis and PostgreSQL once, so that the first request can use Redis, and
+// goes on until stop. It comes after routes, because each page needs connections to Redis.
 func (a *app) startBackground() (stop func()) {
 	ctx, cancel := context.WithCancel(context.Background())
 	a.cache.link.connect(ctx)
@@ -314,12 +317,13 @@ func (a *app) startBackground() (stop func()) {
 	}
 }
 
-// routes is the table of contents. Django: urls.py.
+// routes is the table of contents. (cachePage returns a pattern, too: GET and its path.) Django:
+// urls.py.
 func (a *app) routes() http.Handler {
 	p, c := a.properties, a.cache
 	mux := http.NewServeMux()
 	mux.Handle("GET /{$}", http.RedirectHandler(propertiesPath, http.StatusTemporaryRedirect))
-	mux.Handle("GET /properties/{$}", c.cachePage(propertiesPath, 15*time.Minute, p.listView))
+	mux.Handle(c.cachePage(propertiesPath, 15*time.Minute, p.listView))
 	mux.Handle("POST /properties/{$}", a.mayWrite(p.createView))
 	mux.Handle("GET /properties/{id}/{$}", byID(p.detailView))
 	mux.Handle("PUT /properties/{id}/{$}", a.mayWrite(byID(p.replaceView)))
@@ -330,9 +334,8 @@ func (a *app) routes() http.Handler {
 	return a.guard(mux)
 }
 
-// mayWrite asks for WRITE_TOKEN, if there is one, and refuses a precondition that can't hold: no
-// property has an ETag, so no client has a right one. To ignore it would overwrite what the client
-// wanted to protect (RFC 9110 §13.1).
+// mayWrite asks for WRITE_TOKEN, if there is one, and refuses preconditions: a property has no ETag
+// to compare. To ignore one would overwrite what the client wanted to protect (RFC 9110 §13.1).
 func (a *app) mayWrite(next view) view {
 	return func(w http.ResponseWriter, r *http.Request) error {
 		scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
@@ -343,7 +346,7 @@ func (a *app) mayWrite(next view) view {
 			return refuse(401, "Send Authorization: Bearer and the WRITE_TOKEN.")
 		}
 		if cmp.Or(r.Header.Get("If-Match"), "*") != "*" || r.Header.Get("If-None-Match") == "*" {
-			return refuse(412, "A property has no ETag, so this can't hold.")
+			return refuse(412, "Writes take no precondition, because a property has no ETag.")
 		}
 		return next(w, r)
 	}
@@ -387,7 +390,7 @@ func (a *app) healthView(w http.ResponseWriter, r *http.Request) error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 900*time.Millisecond)
 	defer cancel()
-	if err := a.cache.health.PingContext(ctx); err != nil {
+	if err := a.cache.reserved.PingContext(ctx); err != nil {
 		status = 503
 		health["postgresql"], health["announcements"] = cause(err), "PostgreSQL does not answer"
 	}
@@ -428,6 +431,7 @@ type problem struct {
 	Errors map[string]string `json:"errors,omitempty"`
 }
 
+// refuse returns the problem with the status and its standard title.
 func refuse(status int, detail string) *problem {
 	title := http.StatusText(status)
 	return &problem{Type: "about:blank", Title: title, Status: status, Detail: detail}
@@ -442,18 +446,18 @@ var (
 		"applied. Look before you repeat it.")
 )
 
-// writeError is the only place where an error becomes an answer. The client learns what it did
-// wrong; the log learns what we did.
+// writeError is the only place where an error becomes an answer. (A path or a method that isn't
+// there is refused by ServeMux.) The client learns what it did wrong; the log learns what we did.
 func writeError(w http.ResponseWriter, r *http.Request, err error) {
-	answer := problemOf(err)
-	if answer.Status >= 500 || answer.Status == 409 {
+	p := problemOf(err)
+	if p.Status >= 500 || p.Status == 409 {
 		slog.Error("request failed", "method", r.Method, "path", r.URL.Path,
-			"status", answer.Status, "err", err)
+			"status", p.Status, "err", err)
 	}
-	if answer.Status == 503 && answer != errInDoubt {
+	if p.Status == 503 && p != errInDoubt {
 		w.Header().Set("Retry-After", "1") // second
 	}
-	writeJSON(w, answer.Status, "application/problem+json", answer)
+	writeJSON(w, p.Status, "application/problem+json", p)
 }
 
 // problemOf says 503 where a later try may succeed.
@@ -494,6 +498,7 @@ func cause(err error) string {
 	return words[len(words)-1]
 }
 
+// writeJSON answers with v. It returns nil, so that a view can end with it.
 func writeJSON(w http.ResponseWriter, status int, contentType string, v any) error {
 	body := encode(v)
 	w.Header().Set("Content-Type", contentType)

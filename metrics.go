@@ -14,7 +14,7 @@ import (
 
 // cacheMetrics are Redis's counts of look-ups, and this process's counts of requests.
 type cacheMetrics struct {
-	up int // 1 if Redis answered
+	up int // 1 if Redis answered INFO
 	// Of all clients since Redis started; nil without Redis.
 	KeyspaceHits   *int64 `json:"keyspace_hits"`
 	KeyspaceMisses *int64 `json:"keyspace_misses"`
@@ -26,8 +26,9 @@ type cacheMetrics struct {
 	} `json:"levels"`
 }
 
-// levelMetrics count a level's requests: each is a hit, a miss or bypassed. Coalesced are those
-// that shared a call which another request had asked for.
+// levelMetrics count a level's requests, of all pages together: each is a hit, a miss or bypassed.
+// (One that fails is a miss or bypassed.) Coalesced are those that shared a call which another
+// request had asked for.
 type levelMetrics struct {
 	Hits      int64 `json:"hits"`
 	Misses    int64 `json:"misses"`
@@ -35,6 +36,7 @@ type levelMetrics struct {
 	Bypassed  int64 `json:"bypassed"`
 }
 
+// metrics returns the counts.
 func (l *level) metrics() levelMetrics {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -58,7 +60,8 @@ func (c *cache) getRedisCacheMetrics() cacheMetrics {
 	}
 	var hits, misses int64
 	_, keyspace, _ := strings.Cut(info, "keyspace_")
-	// They stay 0 if Redis doesn't tell.
+	// keyspace_misses is the line after keyspace_hits. (For Sscanf \r\n is \n, too.) They stay 0 if
+	// Redis doesn't tell.
 	fmt.Sscanf(keyspace, "hits:%d\nkeyspace_misses:%d", &hits, &misses)
 	ratio := math.Round(float64(hits)/float64(max(1, hits+misses))*1e4) / 1e4
 	slog.Info("redis cache metrics", "hits", hits, "misses", misses, "hit_ratio", ratio)
@@ -66,6 +69,7 @@ func (c *cache) getRedisCacheMetrics() cacheMetrics {
 	return m
 }
 
+// metricsView answers GET /cache/metrics/.
 func (c *cache) metricsView(w http.ResponseWriter, r *http.Request) error {
 	return writeJSON(w, 200, "application/json", c.getRedisCacheMetrics())
 }

@@ -1,7 +1,7 @@
 // property.go: the model, its SQL and its views. Django: models.py and views.py.
 //
-// Nothing here knows of a cache: listView gets its list from a function, and a write ends in a
-// signal.
+// Nothing here calls the cache: listView gets its list from a function, and a write ends in a
+// signal. But what may be cached says what it has seen, in the header Snapshot.
 
 package main
 
@@ -34,8 +34,10 @@ const (
 	// maxBody is how many bytes a client's property may have, as JSON.
 	maxBody = 64 << 10
 
-	// columns are in the order of query's fields. A new one also needs its place in save and in
-	// decodeProperty, and in schema.sql.
+	// columns are in the order of query's fields. A new one also needs its place in property, in
+	// both statements of save (where the id comes last), in decodeProperty, in schema.sql (the
+	// table, its shape, the seed), in with of harness_test.go and in put of checker_test.go. The
+	// entries of the version before lack it: see docs/operations.md.
 	columns = `id, title, description, price, location,
 		to_char(created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')`
 
@@ -102,7 +104,7 @@ func (s *properties) save(p property) (property, error) {
 //   - The statement fails, or is late: COMMIT isn't sent, so nothing was changed. (A statement
 //     without BEGIN could still take effect after we have given it up.)
 //   - COMMIT was sent and not confirmed: errInDoubt.
-func (s *properties) write(signal *signal, created bool, statement string, args ...any) (
+func (s *properties) write(on *signal, created bool, statement string, args ...any) (
 	p property, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), queryTimeout)
 	defer cancel()
@@ -127,7 +129,7 @@ func (s *properties) write(signal *signal, created bool, statement string, args 
 	c.property = list[0]
 	err = tx.Commit()
 	if err == nil {
-		signal.send(c)
+		on.send(c)
 		return c.property, nil
 	}
 	if notCommitted(ctx, err) {
@@ -149,6 +151,8 @@ func notCommitted(ctx context.Context, err error) bool {
 }
 
 // allView answers with all properties, ordered by id, from PostgreSQL. all_properties caches it.
+//
+// r is not a client's: its context has the time limit of the call that fills the cache.
 func (s *properties) allView(w http.ResponseWriter, r *http.Request) error {
 	ctx, cancel := context.WithTimeout(r.Context(), queryTimeout)
 	defer cancel()
@@ -177,13 +181,13 @@ func (s *properties) allView(w http.ResponseWriter, r *http.Request) error {
 
 // listView answers GET /properties/. cachePage caches it.
 func (s *properties) listView(w http.ResponseWriter, r *http.Request) error {
-	list, err := s.list()
+	all, err := s.list()
 	if err != nil {
 		return err
 	}
 	w.Header().Set("Content-Type", "application/json")
-	w.Header().Set("Snapshot", list.header.Get("Snapshot"))
-	w.Write(list.body)
+	w.Header().Set("Snapshot", all.header.Get("Snapshot"))
+	w.Write(all.body)
 	return nil
 }
 
@@ -216,6 +220,7 @@ func (s *properties) detailView(w http.ResponseWriter, r *http.Request, id int64
 	return writeJSON(w, 200, "application/json", list[0])
 }
 
+// createView answers POST /properties/ with 201, the row, and where it is.
 func (s *properties) createView(w http.ResponseWriter, r *http.Request) error {
 	p, err := readProperty(w, r)
 	if err != nil {
@@ -228,6 +233,7 @@ func (s *properties) createView(w http.ResponseWriter, r *http.Request) error {
 	return writeJSON(w, 201, "application/json", p)
 }
 
+// replaceView answers PUT with the row.
 func (s *properties) replaceView(w http.ResponseWriter, r *http.Request, id int64) error {
 	p, err := readProperty(w, r)
 	if err != nil {
@@ -240,6 +246,7 @@ func (s *properties) replaceView(w http.ResponseWriter, r *http.Request, id int6
 	return writeJSON(w, 200, "application/json", p)
 }
 
+// deleteView answers DELETE with 204.
 func (s *properties) deleteView(w http.ResponseWriter, r *http.Request, id int64) error {
 	_, err := s.write(&s.signals.postDelete, false, `DELETE FROM properties WHERE id = $1`, id)
 	if err != nil {
@@ -283,7 +290,7 @@ func decodeProperty(body []byte) (p property, err error) {
 		"created_at": "",
 	}
 	for field := range fields {
-		if _, known := wrong[field]; !known {
+		if _, ok := wrong[field]; !ok {
 			wrong[field] = "is not a field that can be set"
 		}
 	}
@@ -296,8 +303,8 @@ func decodeProperty(body []byte) (p property, err error) {
 	return p, nil
 }
 
-// readText reads a JSON string of min characters (blanks around it don't count) to max, and
-// returns what is wrong.
+// readText reads a JSON string that has, in characters, least (without the blanks around it) to
+// most, and returns what is wrong.
 func readText(raw json.RawMessage, text *string, least, most int) (wrong string) {
 	err := json.Unmarshal(raw, text)
 	switch {

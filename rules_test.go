@@ -526,7 +526,7 @@ func TestExecute(t *testing.T) {
 func TestSecondPage(t *testing.T) {
 	network, redisURL := proxyToRedis(t)
 	p := start(t, options{redisURL: redisURL})
-	page := p.cache.cachePage("/second/", time.Minute, p.properties.listView)
+	_, page := p.cache.cachePage("/second/", time.Minute, p.properties.listView)
 	second := &program{url: newServer(t, page)}
 	// shown insists that both pages show the same, after a write that was answered.
 	shown := func() string {

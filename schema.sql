@@ -21,7 +21,9 @@ BEGIN
     PERFORM pg_advisory_xact_lock(20260101);
 
     -- The program refuses bad input with a helpful answer. The CHECKs stop everyone else, psql
-    -- too.
+    -- too. (A later column also needs an ALTER TABLE after this block, before the shape is checked,
+    -- with a DEFAULT, for a table that lacks it; inside an IF, because a role that isn't the owner
+    -- runs this too.)
     IF to_regclass('properties') IS NULL THEN
         CREATE TABLE properties (
             id          bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,

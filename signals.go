@@ -1,6 +1,7 @@
 // signals.go: who hears of a write. Django: post_save, post_delete, @receiver, and send_robust.
 //
-// The second half is the rule announcement: every commit is announced, whoever made it.
+// The second half is the rule announcement: every commit that changes the table is announced,
+// whoever made it. (docs/faults.md has what fires no trigger.)
 
 package main
 
@@ -45,8 +46,9 @@ func (s *signal) send(c change) {
 	}
 }
 
-// signals are sent after the commit, and before the write is answered. (Django sends post_delete
-// before the commit: a reader can fill the cache with the row again before it is gone.)
+// signals are sent after the commit, and before the write is answered. They tell of this process's
+// own writes: the listener hears of all others. (Django sends post_delete before the commit: a
+// reader can fill the cache with the row again before it is gone.)
 type signals struct {
 	postSave, postDelete signal
 
@@ -56,11 +58,12 @@ type signals struct {
 
 // connectReceivers says who hears of what. Django: @receiver, and AppConfig.ready().
 func connectReceivers(s *signals, c *cache) {
+	// If it fails, there are no hits until a floor comes, so nobody needs the error.
 	learn := func(written change) { c.learn(written.write) }
 	for name, on := range map[string]*signal{"saved": &s.postSave, "deleted": &s.postDelete} {
 		on.connect(learn)
 		on.connect(func(change) { c.invalidate() })
-		// Last, because a log that nobody reads may hold up the rest.
+		// Last of all, because a log that nobody reads may hold up the rest.
 		on.connect(func(written change) {
 			slog.Info("property "+name, "id", written.property.ID, "created", written.created)
 		})
@@ -116,10 +119,10 @@ func (l *listener) listen(ctx context.Context) error {
 		err = l.cache.raiseFloor()
 	}
 	// The probe comes last: a floor that has seen its transaction would make every entry
-	// outdated. It comes from elsewhere, because a pooler may run both statements of one client
+	// stale. It comes from elsewhere, because a pooler may run both statements of one client
 	// on one connection.
 	if err == nil {
-		_, err = l.cache.health.ExecContext(ctx, "SELECT pg_notify($1, '')", l.probe)
+		_, err = l.cache.reserved.ExecContext(ctx, "SELECT pg_notify($1, '')", l.probe)
 	}
 	if err != nil {
 		conn.Close(ctx)
@@ -187,11 +190,13 @@ func (l *listener) look(ctx context.Context) error {
 // before.
 func (l *listener) note(why string) (before string) {
 	before = l.unheard.Swap(why).(string)
-	if why != "" && why != before {
-		slog.Warn("announcements are not heard: the commits of others show within 2 s", "why", why)
-	}
-	if why == "" && before != "" {
+	switch {
+	case why == before:
+	case why == "":
 		slog.Info("announcements are heard: the commits of others show at once")
+	default:
+		slog.Warn("announcements are not heard: PostgreSQL is asked about every second instead",
+			"why", why)
 	}
 	return before
 }
