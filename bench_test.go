@@ -90,16 +90,11 @@ func benchStale(b *testing.B) {
 		"| --- | ---: | ---: | ---: | ---: |\n")
 	for _, writes := range []int{10, 100} {
 		p := start(b, options{rows: 100})
-		var queries atomic.Int64
-		view := p.cache.list.view
-		p.cache.list.view = func(w http.ResponseWriter, r *http.Request) error {
-			queries.Add(1)
-			return view(w, r)
-		}
+		queries := p.countQueries()
 		for _, c := range []contender{
 			rival(b, p, "the exercise: DEL of the list", "bench:list"),
 			rival(b, p, "GET, else SET; DEL of both", "bench:list", "bench:page"),
-			{"this program", p.url, &queries},
+			{"this program", p.url, &queries.n},
 		} {
 			c.measure(b, writes)
 		}
@@ -109,7 +104,7 @@ func benchStale(b *testing.B) {
 // rival caches the list for an hour and the page for 15 minutes. A write deletes the keys.
 func rival(b *testing.B, p *program, name string, keys ...any) contender {
 	c := contender{name: name, queries: new(atomic.Int64)}
-	pool := &redis.Pool{MaxIdle: 16, Dial: func() (redis.Conn, error) {
+	pool := &redis.Pool{MaxIdle: 128, Dial: func() (redis.Conn, error) {
 		return redis.DialURL(services.redisURL, redis.DialReadTimeout(patience))
 	}}
 	b.Cleanup(func() { pool.Close() })
@@ -134,8 +129,8 @@ func rival(b *testing.B, p *program, name string, keys ...any) contender {
 		conn := pool.Get()
 		defer conn.Close()
 		if r.Method == "PUT" {
-			price, _ := io.ReadAll(r.Body)
-			runSQL(b, p.db, `UPDATE properties SET price = `+string(price)+` WHERE id = 1`)
+			put, _ := readProperty(w, r) // as measure sends it
+			runSQL(b, p.db, `UPDATE properties SET price = `+put.Price+` WHERE id = 1`)
 			do(b, conn, "DEL", keys...)
 			return
 		}
@@ -146,9 +141,7 @@ func rival(b *testing.B, p *program, name string, keys ...any) contender {
 	return c
 }
 
-var firstPrice = regexp.MustCompile(`^\[{"id":1,[^}]*"price":"(\d+)`)
-
-// measure lets readers and a writer go for 5 s, and prints a row.
+// measure lets 8 readers and a writer go for 5 s, and prints a row.
 func (c contender) measure(b *testing.B, writes int) {
 	b.Helper()
 	var newest, answers, stale atomic.Int64
@@ -158,13 +151,7 @@ func (c contender) measure(b *testing.B, writes int) {
 	before := c.queries.Load()
 	running.Go(func() {
 		for n := int64(1); time.Now().Before(end); n++ {
-			body := strconv.FormatInt(n, 10)
-			if c.name == "this program" {
-				body = fmt.Sprintf(`{"title":"a","description":"","price":%d,"location":"b"}`, n)
-			}
-			if e, err := p.send("PUT", "/properties/1/", body); err != nil || e.StatusCode != 200 {
-				b.Errorf("PUT: %v", err)
-			}
+			p.want(b, 200, "PUT", "/properties/1/", with(fmt.Sprintf(`"price":"%d"`, n)))
 			newest.Store(n)
 			time.Sleep(time.Second / time.Duration(writes))
 		}
@@ -173,15 +160,13 @@ func (c contender) measure(b *testing.B, writes int) {
 		running.Go(func() {
 			for time.Now().Before(end) {
 				want := newest.Load()
-				e, err := p.send("GET", propertiesPath, "")
-				found := firstPrice.FindSubmatch(e.body)
-				if err != nil || found == nil {
-					b.Errorf("GET: %.100s (%v)", e.body, err)
+				shown, err := p.firstPrice()
+				if err != nil {
+					b.Error(err)
 					return
 				}
 				// The listing starts with a higher price than any that is written.
-				if shown, _ := strconv.ParseInt(string(found[1]), 10, 64); want > 0 &&
-					(shown < want || shown > 50_000) {
+				if want > 0 && (shown < want || shown > 50_000) {
 					stale.Add(1)
 				}
 				answers.Add(1)
@@ -191,6 +176,21 @@ func (c contender) measure(b *testing.B, writes int) {
 	running.Wait()
 	fmt.Printf("| %s | %d | %d | %.1f | %.1f |\n", c.name, writes, answers.Load(),
 		1e4*float64(stale.Load())/float64(answers.Load()), float64(c.queries.Load()-before)/5)
+}
+
+var firstPrice = regexp.MustCompile(`^\[{"id":1,[^}]*"price":"(\d+)`)
+
+// firstPrice is the one that the list shows for listing 1.
+func (p *program) firstPrice() (int64, error) {
+	e, err := p.send("GET", propertiesPath, "")
+	if err != nil {
+		return 0, err
+	}
+	found := firstPrice.FindSubmatch(e.body)
+	if found == nil {
+		return 0, fmt.Errorf("no price: %.100s", e.body)
+	}
+	return strconv.ParseInt(string(found[1]), 10, 64)
 }
 
 // A way is one to serve the list.
@@ -204,11 +204,11 @@ type way struct {
 func benchWays(b *testing.B, listings uint) {
 	p := start(b, options{rows: listings})
 	list := p.want(b, 200, "GET", propertiesPath, "")
-	p.want(b, 200, "GET", propertiesPath, "", "Accept-Encoding", "gzip")
+	p.want(b, 200, "GET", propertiesPath, "", "Accept-Encoding: gzip")
 	notModified := get(p.url, "If-None-Match: "+list.Header.Get("ETag")+"\r\n")
 	notModified.Status = "304"
 	memory := way{name: "memory", load: get(memoryServer(b, list.body), "")}
-	obvious := way{name: "obvious", load: get(obviousServer(b, p.redis, list.body), "")}
+	obvious := way{name: "obvious", load: get(rival(b, p, "").url, "")}
 	hit := way{name: "hit", load: get(p.url, "")}
 	gzip := way{name: "gzip", load: get(p.url, "Accept-Encoding: gzip\r\n")}
 	fmt.Printf("\n\n%d listings, %d bytes\n\n", listings, len(list.body))
@@ -273,28 +273,6 @@ func medianRatio(a, b []float64) float64 {
 // memoryServer writes the bytes that it was given: as fast as net/http goes.
 func memoryServer(b *testing.B, body []byte) (url string) {
 	return newServer(b, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		writeBytes(w, body)
-	}))
-}
-
-// obviousServer does what first comes to mind: it asks Redis for the bytes, for each request.
-func obviousServer(b *testing.B, conn redis.Conn, body []byte) (url string) {
-	const key = "bench:obvious"
-	if _, err := conn.Do("SET", key, body); err != nil {
-		b.Fatal(err)
-	}
-	pool := &redis.Pool{MaxIdle: 128, Dial: func() (redis.Conn, error) {
-		return redis.DialURL(services.redisURL, redis.DialReadTimeout(patience))
-	}}
-	b.Cleanup(func() { pool.Close(); conn.Do("DEL", key) })
-	return newServer(b, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		conn := pool.Get()
-		defer conn.Close()
-		body, err := redis.Bytes(conn.Do("GET", key))
-		if err != nil {
-			http.Error(w, err.Error(), http.StatusInternalServerError)
-			return
-		}
 		writeBytes(w, body)
 	}))
 }
@@ -422,14 +400,6 @@ func (l benchLoad) readResponse(r *bufio.Reader) error {
 	return err
 }
 
-// forget empties both levels.
-func (p *program) forget(b *testing.B) {
-	b.Helper()
-	for _, s := range p.cache.slots {
-		p.do(b, "DEL", s.key)
-	}
-}
-
 // postgresTool finds a program in Debian's folder, because the ones in PATH are scripts there.
 func postgresTool(name string) string {
 	found, _ := filepath.Glob("/usr/lib/postgresql/*/bin/" + name)
@@ -513,12 +483,12 @@ func benchHeard(b *testing.B) {
 	sorted := slices.Sorted(slices.Values(took))
 	row("from a commit in SQL to a list that shows it, 3 instances: median, 99th percentile",
 		"%.1f ms, %.1f ms", median(took), sorted[len(sorted)*99/100])
-	server.do("CONFIG", "RESETSTAT")
+	server.do("CONFIG RESETSTAT")
 	for n := range 100 {
-		programs[n%3].want(b, 200, "PUT", "/properties/1/", titled("Loft"))
+		programs[n%3].put(b, "Loft")
 	}
 	row("invalidations in Redis for 100 writes with 3 instances", "%d", server.calls("del"))
-	server.do("CONFIG", "RESETSTAT")
+	server.do("CONFIG RESETSTAT")
 	for n := range 100 {
 		runSQL(b, programs[0].db, fmt.Sprintf(`UPDATE properties SET price = %d WHERE id = 2`, n))
 	}
@@ -541,27 +511,13 @@ func benchAsking(b *testing.B) {
 // benchSlowRedis lets 60 clients write at once, while each reply of Redis takes 100 ms.
 func benchSlowRedis(b *testing.B) {
 	network, redisURL := proxyToRedis(b)
-	p := start(b, options{rows: 60, redisURL: redisURL})
+	p := start(b, options{redisURL: redisURL})
 	p.list(b, storedStatus)
 	network.set(b, slow)
-	var running sync.WaitGroup
-	var slowest atomic.Int64
-	for id := range 60 {
-		running.Go(func() {
-			began := time.Now()
-			path := fmt.Sprintf("/properties/%d/", id+1)
-			if e, err := p.send("PUT", path, titled("Loft")); err != nil || e.StatusCode != 200 {
-				b.Errorf("PUT: %v", err)
-			}
-			for took := time.Since(began).Milliseconds(); ; {
-				if old := slowest.Load(); took <= old || slowest.CompareAndSwap(old, took) {
-					return
-				}
-			}
-		})
-	}
-	running.Wait()
-	row("60 writes at once, Redis's replies are slow: the slowest", "%d ms", slowest.Load())
+	began := time.Now()
+	p.burst(b, 60, 1, requests[2])
+	row("60 writes at once, Redis's replies are slow: the slowest", "%d ms",
+		time.Since(began).Milliseconds())
 }
 
 // benchIdle counts what Redis is sent when nobody asks anything, by the commands that it has run.
@@ -570,7 +526,7 @@ func benchIdle(b *testing.B) {
 	p := start(b, options{rows: 1, redisURL: server.url})
 	p.list(b, storedStatus)
 	commands := func() (n int) {
-		info := fmt.Sprintf("%s", server.do("INFO", "stats"))
+		info := fmt.Sprintf("%s", server.do("INFO stats"))
 		_, count, _ := strings.Cut(info, "total_commands_processed:")
 		fmt.Sscan(count, &n)
 		return n

@@ -13,17 +13,12 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
-	"compress/gzip"
 	"encoding/json"
 	"fmt"
-	"io"
 	"net/http"
-	"os"
 	"slices"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 )
@@ -36,9 +31,9 @@ const soon = 5 * time.Second
 type checker struct {
 	programs []*program
 	running  sync.WaitGroup
-	forgets  bool // Redis loses what it was told
 
 	mu            sync.Mutex // guards the rest
+	forgets       bool       // Redis loses what it was told
 	changed       *sync.Cond // signals that paused or stopping has changed
 	paused        bool       // no writer begins anything
 	busy          int        // how many writers are at it
@@ -91,6 +86,7 @@ func check(t *testing.T, programs ...*program) *checker {
 
 // excuses reports whether a read that begins now may miss a write, because Redis has no
 // invalidation for it, only an announcement is on its way. A program's own writes have no excuse.
+// The caller holds mu.
 func (c *checker) excuses(w write, reader *program) bool {
 	another := w.by == nil || w.by != reader && (w.lost || c.forgets)
 	return another && time.Since(w.at) < soon
@@ -167,14 +163,13 @@ func (c *checker) read(p *program, encoding string, others int) {
 // is one; else "".
 func (c *checker) look(p *program, encoding string) (missed string, excused bool, err error) {
 	c.mu.Lock()
-	newest := slices.Clone(c.newest)
-	c.mu.Unlock()
-	excuses := make([]bool, len(newest))
+	newest, excuses := slices.Clone(c.newest), make([]bool, len(c.newest))
 	for i, w := range newest {
 		excuses[i] = c.excuses(w, p)
 	}
+	c.mu.Unlock()
 	began := time.Now()
-	e, err := p.send("GET", propertiesPath, "", "Accept-Encoding", encoding)
+	e, err := p.send("GET", propertiesPath, "", "Accept-Encoding: "+encoding)
 	if err != nil {
 		return "", false, err
 	}
@@ -202,16 +197,13 @@ func (c *checker) look(p *program, encoding string) (missed string, excused bool
 
 // prices are those of a list, by id. A listing that isn't there has the price 0.
 func (e exchange) prices() (map[int]int, error) {
-	var body io.Reader = bytes.NewReader(e.body)
-	var err error
-	if e.Header.Get("Content-Encoding") == "gzip" {
-		if body, err = gzip.NewReader(body); err != nil {
-			return nil, err
-		}
+	body, err := e.unzipped()
+	if err != nil {
+		return nil, err
 	}
 	var list []property
-	if err := json.NewDecoder(body).Decode(&list); err != nil || e.StatusCode != 200 {
-		return nil, fmt.Errorf("status %d: %.200s (%w)", e.StatusCode, e.body, err)
+	if err := json.Unmarshal(body, &list); err != nil || e.StatusCode != 200 {
+		return nil, fmt.Errorf("status %d: %.200s (%w)", e.StatusCode, body, err)
 	}
 	prices := map[int]int{}
 	for _, p := range list {
@@ -417,7 +409,7 @@ func TestNeverStaleUnderRedisFaults(t *testing.T) {
 	a := start(t, options{redisURL: server.url})
 	b := startAnother(t, options{redisURL: server.url})
 	c := check(t, a, b)
-	c.forgets = true
+	c.set(&c.forgets, true)
 	for _, fault := range redisFaults {
 		t.Log(fault.about)
 		c.pause(t)
@@ -434,67 +426,4 @@ func TestNeverStaleUnderRedisFaults(t *testing.T) {
 		c.resume()
 	}
 	c.stop(t)
-}
-
-// redisFaults begin with harm, while every key is there, and end with mend, while readers and
-// writers are busy.
-var redisFaults = []struct {
-	about string
-	harm  func(*redisServer) (mend func())
-}{
-	{"it goes back", (*redisServer).save},
-	{"it goes back again and again", againAndAgain},
-	{"its databases are swapped", (*redisServer).copyAside},
-	{"it restarts with old data", (*redisServer).snapshot},
-	{"it restarts empty", func(s *redisServer) func() {
-		os.Remove(s.file)
-		s.restart()
-		return func() {}
-	}},
-	{"it stops for a moment", func(s *redisServer) func() {
-		s.signal(syscall.SIGSTOP)
-		return func() { s.signal(syscall.SIGCONT) }
-	}},
-	{"it loses its keys", doing("FLUSHALL")},
-	{"it loses its clients", doing("CLIENT", "KILL", "TYPE", "normal")},
-	{"text at every key", doing("EVAL", `for _, key in ipairs(redis.call('KEYS', '*')) do
-		redis.call('SET', key, 'garbage') end`, 0)},
-	{"a Redis list at every key", doing("EVAL", `for _, key in ipairs(redis.call('KEYS', '*')) do
-		redis.call('DEL', key) redis.call('RPUSH', key, 'x') end`, 0)},
-	{"it is out of memory", func(s *redisServer) func() {
-		s.do("CONFIG", "SET", "maxmemory", "1")
-		return func() { s.do("CONFIG", "SET", "maxmemory", "0") }
-	}},
-	{"it is a replica", func(s *redisServer) func() {
-		s.do("REPLICAOF", "127.0.0.1", "1")
-		return func() { s.do("REPLICAOF", "NO", "ONE") }
-	}},
-}
-
-// doing is a fault that is one command, before and after the writes.
-func doing(command string, args ...any) func(*redisServer) (mend func()) {
-	return func(s *redisServer) func() {
-		s.do(command, args...)
-		return func() { s.do(command, args...) }
-	}
-}
-
-// againAndAgain goes back to the same moment until it is mended.
-func againAndAgain(s *redisServer) (mend func()) {
-	back, stop, stopped := s.save(), make(chan bool), make(chan bool)
-	go func() {
-		defer close(stopped)
-		for {
-			select {
-			case <-stop:
-				return
-			case <-time.After(10 * time.Millisecond):
-				back()
-			}
-		}
-	}()
-	return func() {
-		close(stop)
-		<-stopped
-	}
 }

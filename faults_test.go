@@ -6,9 +6,13 @@ package main
 import (
 	"bytes"
 	"cmp"
+	"crypto/x509"
 	"database/sql"
+	"encoding/pem"
 	"fmt"
+	"math/rand/v2"
 	"net"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	osuser "os/user"
@@ -16,6 +20,7 @@ import (
 	"slices"
 	"strconv"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -56,7 +61,8 @@ type proxy struct {
 // newProxy starts a proxy before target. It ends with the test.
 func newProxy(t testing.TB, target string) *proxy {
 	t.Helper()
-	p := &proxy{addr: "127.0.0.1:0", target: target, fault: refused, conns: map[net.Conn]bool{}}
+	addr := "127.0.0.1:" + freePort(t)
+	p := &proxy{addr: addr, target: target, fault: refused, conns: map[net.Conn]bool{}}
 	p.set(t, healthy)
 	t.Cleanup(func() { p.set(t, refused) })
 	return p
@@ -73,12 +79,18 @@ func proxyToRedis(t testing.TB) (network *proxy, redisURL string) {
 func proxyToPostgres(t testing.TB) (*proxy, *pgx.ConnConfig) {
 	t.Helper()
 	network := newProxy(t, fmt.Sprintf("%s:%d", services.database.Host, services.database.Port))
+	return network, databaseAt(t, network.addr)
+}
+
+// databaseAt is the tests' database at another address.
+func databaseAt(t testing.TB, addr string) *pgx.ConnConfig {
+	t.Helper()
 	config := services.database.Copy()
 	config.Host, config.Fallbacks = "127.0.0.1", nil
-	if _, err := fmt.Sscanf(network.addr, "127.0.0.1:%d", &config.Port); err != nil {
+	if _, err := fmt.Sscanf(addr, "127.0.0.1:%d", &config.Port); err != nil {
 		t.Fatal(err)
 	}
-	return network, config
+	return config
 }
 
 // set changes the fault. Connections that a fault has hurt are reset when it goes.
@@ -100,7 +112,7 @@ func (p *proxy) set(t testing.TB, f fault) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		p.addr, p.listener = listener.Addr().String(), listener
+		p.listener = listener
 		go p.accept(listener)
 	}
 	p.fault = f
@@ -214,8 +226,9 @@ func (p *proxy) queue(n int) time.Duration {
 	if p.fault != narrow {
 		return 0
 	}
-	if now := time.Now(); p.free.Before(now) {
-		p.free = now
+	// What a late sleep has lost is caught up with.
+	if late := time.Now().Add(-100 * time.Millisecond); p.free.Before(late) {
+		p.free = late
 	}
 	p.free = p.free.Add(time.Duration(n) * time.Second / 5e6)
 	return time.Until(p.free)
@@ -227,16 +240,18 @@ func hangUp(conn net.Conn) {
 	conn.Close()
 }
 
-// freePort is one that nobody listens on at the moment.
+// freePort is one that nobody listens on at the moment, and none that Linux gives to outgoing
+// connections.
 func freePort(t testing.TB) string {
 	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	for {
+		port := fmt.Sprint(20000 + rand.IntN(12000))
+		listener, err := net.Listen("tcp", "127.0.0.1:"+port)
+		if err == nil {
+			listener.Close()
+			return port
+		}
 	}
-	defer listener.Close()
-	_, port, _ := net.SplitHostPort(listener.Addr().String())
-	return port
 }
 
 // Part 2: servers of a test's own
@@ -318,11 +333,11 @@ func (s *redisServer) pong() bool {
 }
 
 // do is a command that must succeed, on a connection of its own.
-func (s *redisServer) do(command string, args ...any) any {
+func (s *redisServer) do(command string, more ...any) any {
 	s.t.Helper()
 	conn := dialRedis(s.t, s.url)
 	defer conn.Close()
-	return do(s.t, conn, command, args...)
+	return do(s.t, conn, command, more...)
 }
 
 // calls is how often it has run a command since its statistics were reset.
@@ -354,7 +369,7 @@ func (s *redisServer) copyAside() (back func()) {
 	s.do("EVAL", copyAll, 0)
 	return func() {
 		s.t.Helper()
-		s.do("SWAPDB", 0, 1)
+		s.do("SWAPDB 0 1")
 	}
 }
 
@@ -370,6 +385,72 @@ func (s *redisServer) save() (back func()) {
 		s.t.Helper()
 		s.do("EVAL", append([]any{restore, 0}, kept...)...)
 	}
+}
+
+// redisFaults begin with harm, while every key is there, and end with mend, while readers and
+// writers are busy.
+var redisFaults = []struct {
+	about string
+	harm  func(*redisServer) (mend func())
+}{
+	{"it goes back", (*redisServer).save},
+	{"it goes back again and again", againAndAgain},
+	{"its databases are swapped", (*redisServer).copyAside},
+	{"it restarts with old data", (*redisServer).snapshot},
+	{"it restarts empty", func(s *redisServer) func() {
+		os.Remove(s.file)
+		s.restart()
+		return func() {}
+	}},
+	{"it stops for a moment", func(s *redisServer) func() {
+		s.signal(syscall.SIGSTOP)
+		return func() { s.signal(syscall.SIGCONT) }
+	}},
+	{"it loses its keys", doing("FLUSHALL")},
+	{"it loses its clients", doing("CLIENT KILL TYPE normal")},
+	{"text at every key", doing("EVAL", `for _, key in ipairs(redis.call('KEYS', '*')) do
+		redis.call('SET', key, 'garbage') end`, 0)},
+	{"a Redis list at every key", doing("EVAL", `for _, key in ipairs(redis.call('KEYS', '*')) do
+		redis.call('DEL', key) redis.call('RPUSH', key, 'x') end`, 0)},
+	{"it is out of memory", func(s *redisServer) func() {
+		s.do("CONFIG SET maxmemory 1")
+		return func() { s.do("CONFIG SET maxmemory 0") }
+	}},
+	{"it is a replica", func(s *redisServer) func() {
+		s.do("REPLICAOF 127.0.0.1 1")
+		return func() { s.do("REPLICAOF NO ONE") }
+	}},
+}
+
+// doing is a fault that is one command, before and after the writes.
+func doing(command string, args ...any) func(*redisServer) (mend func()) {
+	return func(s *redisServer) func() {
+		s.do(command, args...)
+		return func() { s.do(command, args...) }
+	}
+}
+
+// againAndAgain goes back to the same moment until it is mended.
+func againAndAgain(s *redisServer) (mend func()) {
+	back, stop, stopped := s.save(), make(chan bool), make(chan bool)
+	go func() {
+		defer close(stopped)
+		for {
+			select {
+			case <-stop:
+				return
+			case <-time.After(10 * time.Millisecond):
+				back()
+			}
+		}
+	}()
+	mend = sync.OnceFunc(func() {
+		close(stop)
+		<-stopped
+	})
+	// If the test fails before.
+	s.t.Cleanup(mend)
+	return mend
 }
 
 // startPostgres starts a PostgreSQL with an empty database, and returns the settings to connect
@@ -449,9 +530,9 @@ func runAsPostgres(t testing.TB, command ...string) {
 	}
 }
 
-// startPooler starts a pgbouncer in transaction mode before PostgreSQL, and returns where it
-// listens.
-func startPooler(t testing.TB) (addr string) {
+// startPooler starts a pgbouncer in transaction mode before PostgreSQL, and returns the settings
+// to use it.
+func startPooler(t testing.TB) *pgx.ConnConfig {
 	t.Helper()
 	file, port := filepath.Join(t.TempDir(), "pgbouncer.ini"), freePort(t)
 	d := services.database
@@ -468,7 +549,7 @@ default_pool_size = 4
 	if err != nil {
 		t.Fatal(err)
 	}
-	addr = "127.0.0.1:" + port
+	addr := "127.0.0.1:" + port
 	s := &server{t: t, args: []string{need(t, "pgbouncer", "pgbouncer"), file}}
 	if os.Getuid() == 0 {
 		// It refuses to be root once it has read the file.
@@ -483,15 +564,61 @@ default_pool_size = 4
 	}
 	s.start()
 	t.Cleanup(func() { s.end(os.Kill) })
-	return addr
+	return databaseAt(t, addr)
 }
 
-// Part 3: locks
+// newCertificate returns a file that has the certificate of net/http for 127.0.0.1, and its key.
+func newCertificate(t testing.TB) (file string) {
+	t.Helper()
+	borrowed := httptest.NewTLSServer(nil)
+	borrowed.Close()
+	pair := borrowed.TLS.Certificates[0]
+	key, err := x509.MarshalPKCS8PrivateKey(pair.PrivateKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	both := slices.Concat(
+		pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: pair.Certificate[0]}),
+		pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key}))
+	file = filepath.Join(t.TempDir(), "certificate")
+	if err := os.WriteFile(file, both, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return file
+}
+
+// Part 3: the database in use, and the log
+
+// setDatabase sets what new sessions of the database begin with, until the test ends. db keeps its
+// session, so it can undo it.
+func setDatabase(t testing.TB, db *sql.DB, settings ...string) {
+	t.Helper()
+	db.SetMaxOpenConns(1)
+	alter := `ALTER DATABASE ` + services.run
+	for _, setting := range settings {
+		runSQL(t, db, alter+` SET `+setting)
+	}
+	t.Cleanup(func() {
+		if _, err := db.Exec(alter + ` RESET ALL`); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// endConnections ends all others to the database, and waits until they have ended.
+func endConnections(t testing.TB, db *sql.DB) {
+	t.Helper()
+	db.SetMaxOpenConns(1)
+	// All are told to end before one is waited for.
+	for _, wait := range []int{0, 5000} {
+		runSQL(t, db, fmt.Sprintf(`SELECT pg_terminate_backend(pid, %d) FROM pg_stat_activity
+			WHERE datname = current_database() AND pid <> pg_backend_pid()`, wait))
+	}
+}
 
 // lockProperties locks the table, and counts the statements that wait for it.
-func lockProperties(t testing.TB) (lock *sql.Tx, waiters func() int) {
+func lockProperties(t testing.TB, db *sql.DB) (lock *sql.Tx, waiters func() int) {
 	t.Helper()
-	db := psql(t)
 	lock, err := db.Begin()
 	if err != nil {
 		t.Fatal(err)
@@ -508,5 +635,40 @@ func lockProperties(t testing.TB) (lock *sql.Tx, waiters func() int) {
 			t.Error(err)
 		}
 		return n
+	}
+}
+
+// A pipe is a log that may be read or not.
+type pipe struct{ reader, writer *os.File }
+
+// runPiped starts the program with a pipe as its log.
+func runPiped(t testing.TB) (*process, pipe) {
+	t.Helper()
+	reader, writer, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		reader.Close()
+		writer.Close()
+	})
+	addr := "127.0.0.1:" + freePort(t)
+	p := runLogging(t, writer, nil, "-addr", addr)
+	p.url = "http://" + addr
+	p.api().isWell(t)
+	return p, pipe{reader, writer}
+}
+
+// fill leaves no room in the pipe.
+func (p pipe) fill(t testing.TB) {
+	t.Helper()
+	// The process has the same end of the pipe, so it must block again.
+	fd := int(p.writer.Fd())
+	syscall.SetNonblock(fd, true)
+	defer syscall.SetNonblock(fd, false)
+	for {
+		if _, err := syscall.Write(fd, []byte("x")); err == syscall.EAGAIN {
+			return
+		}
 	}
 }

@@ -10,11 +10,13 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"compress/gzip"
 	"context"
 	"crypto/rand"
 	"database/sql"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"log/slog"
@@ -25,6 +27,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -90,6 +93,8 @@ func withServices(run func() int) (status int, err error) {
 	defer claim.Do("FLUSHDB")
 	services.redisURL = redisURL
 
+	// Those that are parallel wait more than they work.
+	flag.Set("test.parallel", "6")
 	// TEST_LOG=1 shows the program's log.
 	if os.Getenv("TEST_LOG") == "" {
 		slog.SetDefault(slog.New(slog.DiscardHandler))
@@ -130,6 +135,23 @@ func claimDatabase(config *pgx.ConnConfig, run string) (*sql.DB, error) {
 		admin.Exec("DROP ROLE IF EXISTS " + roleOf(run))
 	}
 	return admin, nil
+}
+
+// newDatabase is an empty database of a test's own, so that the test can be parallel.
+func newDatabase(t testing.TB) *pgx.ConnConfig {
+	t.Helper()
+	run, config := newRun(), services.database.Copy()
+	config.Database = "postgres"
+	admin, err := claimDatabase(config, run)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		admin.Exec("DROP DATABASE " + run + " WITH (FORCE)")
+		admin.Close()
+	})
+	config.Database = run
+	return config
 }
 
 // claimRedis finds the last Redis database that is empty, or belongs to a run that has ended. The
@@ -180,11 +202,50 @@ func reset(t testing.TB) {
 }
 
 // psql writes past the program.
-func psql(t testing.TB) *sql.DB {
-	t.Helper()
-	db := stdlib.OpenDB(*services.database)
+func psql(t testing.TB) *sql.DB { return openPast(t, services.database) }
+
+func openPast(t testing.TB, config *pgx.ConnConfig) *sql.DB {
+	db := stdlib.OpenDB(*config)
 	t.Cleanup(func() { db.Close() })
 	return db
+}
+
+// A listening is a session past the program that hears its own announcements.
+type listening struct{ *pgx.Conn }
+
+func listenPast(t testing.TB) listening {
+	t.Helper()
+	conn, err := pgx.ConnectConfig(t.Context(), services.database)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close(context.Background()) })
+	l := listening{conn}
+	l.run(t, `LISTEN properties; LISTEN the_end`)
+	return l
+}
+
+func (l listening) run(t testing.TB, statements string) {
+	t.Helper()
+	if _, err := l.Exec(t.Context(), statements); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// announcements is how often what the statements do is announced.
+func (l listening) announcements(t testing.TB, statements string) (n int) {
+	t.Helper()
+	l.run(t, statements)
+	l.run(t, `NOTIFY the_end`)
+	for ; ; n++ {
+		heard, err := l.WaitForNotification(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if heard.Channel == "the_end" {
+			return n
+		}
+	}
 }
 
 func runSQL(t testing.TB, db *sql.DB, statements string) {
@@ -226,12 +287,13 @@ func dialRedis(t testing.TB, rawURL string) redis.Conn {
 	return conn
 }
 
-// do is a command that must succeed.
-func do(t testing.TB, conn redis.Conn, command string, args ...any) any {
+// do is a command that must succeed, in words as redis-cli takes them, and more.
+func do(t testing.TB, conn redis.Conn, command string, more ...any) any {
 	t.Helper()
-	reply, err := conn.Do(command, args...)
+	words := redis.Args{}.AddFlat(strings.Fields(command))
+	reply, err := conn.Do(words[0].(string), append(words[1:], more...)...)
 	if err != nil {
-		t.Fatalf("%s %.200v: %v", command, args, err)
+		t.Fatalf("%s %.200v: %v", command, more, err)
 	}
 	return reply
 }
@@ -239,7 +301,7 @@ func do(t testing.TB, conn redis.Conn, command string, args ...any) any {
 // calls is how often Redis has run a command since its statistics were reset.
 func calls(t testing.TB, conn redis.Conn, command string) (n int) {
 	t.Helper()
-	stats := fmt.Sprintf("%s", do(t, conn, "INFO", "commandstats"))
+	stats := fmt.Sprintf("%s", do(t, conn, "INFO commandstats"))
 	_, count, _ := strings.Cut(stats, "cmdstat_"+command+":calls=")
 	// It stays 0 if there were none.
 	fmt.Sscan(count, &n)
@@ -288,7 +350,7 @@ type options struct {
 	redisURL   string
 	writeToken string
 	rows       uint // seeded
-	deaf       bool // it hears no announcement, so it asks
+	deaf       bool // it hears no announcement, so it takes a floor every 0.5 s
 }
 
 // start starts a program with an empty cache, and no rows but those of the options.
@@ -307,15 +369,15 @@ func startAnother(t testing.TB, o options) *program {
 	if o.redisURL == "" {
 		o.redisURL = services.redisURL
 	}
-	db, health := openDB(o.database, 16), openDB(o.database, 1)
+	db, reserved := openDB(o.database, 16), openDB(o.database, 1)
 	t.Cleanup(func() {
 		db.Close()
-		health.Close()
+		reserved.Close()
 	})
 	if err := prepare(t.Context(), db, o.rows); err != nil {
 		t.Fatal(err)
 	}
-	a := newApp(db, health, &settings{
+	a := newApp(db, reserved, &settings{
 		database:   o.database,
 		redisURL:   parseURL(t, o.redisURL),
 		writeToken: o.writeToken,
@@ -353,9 +415,17 @@ func newServer(t testing.TB, handler http.Handler) string {
 }
 
 // do is a command to the claimed Redis database that must succeed.
-func (p *program) do(t testing.TB, command string, args ...any) any {
+func (p *program) do(t testing.TB, command string, more ...any) any {
 	t.Helper()
-	return do(t, p.redis, command, args...)
+	return do(t, p.redis, command, more...)
+}
+
+// forget empties both levels.
+func (p *program) forget(t testing.TB) {
+	t.Helper()
+	for _, s := range p.cache.slots {
+		p.do(t, "DEL", s.key)
+	}
 }
 
 // exist returns how many of the keys Redis has.
@@ -376,21 +446,32 @@ func (p *program) bypassed() bool { return p.cache.link.session.Load().pool == n
 // heard reports whether the program hears announcements.
 func (p *program) heard() bool { return p.listener.unheard.Load() == "" }
 
-// floor is the program's floor, and how many writes it has learned of since.
-func (p *program) floor() (floor string, writes int) {
-	f, learned := p.cache.known.get()
-	return fmt.Sprint(f), len(learned)
+// floor is the program's floor.
+func (p *program) floor() string {
+	floor, _ := p.cache.known.get()
+	return fmt.Sprint(floor)
 }
 
-// knows waits until the program knows of every commit so far: it hears in the order of the
-// commits, and learns of this one, although it changes nothing.
-func (p *program) knows(t testing.TB) {
+// commit runs a statement past the program, and waits until the program knows of the commit.
+func (p *program) commit(t testing.TB, statement string) {
 	t.Helper()
-	before, n := p.floor()
-	runSQL(t, p.db, `UPDATE properties SET title = title WHERE false`)
-	eventually(t, "the program knows of a commit", func() bool {
-		after, m := p.floor()
-		return after != before || m > n
+	var id uint64
+	tx, err := psql(t).Begin()
+	if err == nil {
+		_, err = tx.Exec(statement)
+	}
+	if err == nil {
+		err = tx.QueryRow(`SELECT pg_current_xact_id()::text::bigint`).Scan(&id)
+	}
+	if err == nil {
+		err = tx.Commit()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the program knows of the commit", func() bool {
+		floor, writes := p.cache.known.get()
+		return floor.saw(id) || slices.Contains(writes, id)
 	})
 }
 
@@ -433,14 +514,45 @@ func (p *program) wrapQuery(around func(query view, w http.ResponseWriter, r *ht
 	}
 }
 
+// asking is how many wait in a group.
+func asking() int {
+	stacks := make([]byte, 1<<20)
+	return bytes.Count(stacks[:runtime.Stack(stacks, true)], []byte(".(*group[...]).do("))
+}
+
+// fillPool opens every connection that the pool may have, and leaves all of them idle.
+func (p *program) fillPool(t testing.TB) {
+	t.Helper()
+	for range 16 {
+		conn, err := p.db.Conn(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+	}
+}
+
+// holdReceivers holds up each POST and PUT between its commit and its receivers. committed receives
+// when one is there; it goes on when goOn is sent to.
+func (p *program) holdReceivers() (committed, goOn chan bool) {
+	committed, goOn = make(chan bool), make(chan bool)
+	s := &p.properties.signals.postSave
+	s.receivers = slices.Insert(s.receivers, 0, func(change) {
+		committed <- true
+		<-goOn
+	})
+	return committed, goOn
+}
+
 // A process is the program as its users run it.
 type process struct {
 	command *exec.Cmd
-	stderr  string // the file that has it
+	ended   chan bool // closed when it has
+	stderr  string    // the file that has it
 	url     string
 }
 
-// runMain starts the program as a process, which ends with the test.
+// runMain starts the program as a process, which ends with the test. A file has its log.
 func runMain(t testing.TB, env []string, args ...string) *process {
 	t.Helper()
 	stderr, err := os.Create(filepath.Join(t.TempDir(), "stderr"))
@@ -448,20 +560,30 @@ func runMain(t testing.TB, env []string, args ...string) *process {
 		t.Fatal(err)
 	}
 	defer stderr.Close()
+	return runLogging(t, stderr, env, args...)
+}
+
+// runLogging is runMain with another place for the log.
+func runLogging(t testing.TB, stderr *os.File, env []string, args ...string) *process {
+	t.Helper()
 	command := exec.Command(os.Args[0], args...)
 	command.Env = append(os.Environ(), "RUN_MAIN=1", "GORACE=atexit_sleep_ms=0",
-		"DATABASE_URL="+databaseURL(t),
-		"REDIS_URL="+services.redisURL)
+		"DATABASE_URL="+databaseURL(t), "REDIS_URL="+services.redisURL)
 	command.Env = append(command.Env, env...)
 	command.Stderr = stderr
 	if err := command.Start(); err != nil {
 		t.Fatal(err)
 	}
+	p := &process{command: command, ended: make(chan bool), stderr: stderr.Name()}
+	go func() {
+		command.Wait()
+		close(p.ended)
+	}()
 	t.Cleanup(func() {
 		command.Process.Kill()
-		command.Wait()
+		<-p.ended
 	})
-	return &process{command: command, stderr: stderr.Name()}
+	return p
 }
 
 // log is what the process has said so far.
@@ -488,12 +610,17 @@ func (p *process) serving(t testing.TB) *process {
 // api is the process as a program that only answers requests.
 func (p *process) api() *program { return &program{url: p.url} }
 
+func (p *process) signal(t testing.TB, sig os.Signal) {
+	t.Helper()
+	if err := p.command.Process.Signal(sig); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // wait returns the exit status.
 func (p *process) wait(t testing.TB) int {
 	t.Helper()
-	done := make(chan error, 1)
-	go func() { done <- p.command.Wait() }()
-	receive(t, done)
+	receive(t, p.ended)
 	return p.command.ProcessState.ExitCode()
 }
 
@@ -514,7 +641,19 @@ var client = &http.Client{
 	Timeout: patience,
 }
 
-// send makes a request; header holds names and values in turn.
+// unzipped is the body as it was before any gzip.
+func (e exchange) unzipped() ([]byte, error) {
+	if e.Header.Get("Content-Encoding") != "gzip" {
+		return e.body, nil
+	}
+	z, err := gzip.NewReader(bytes.NewReader(e.body))
+	if err != nil {
+		return nil, err
+	}
+	return io.ReadAll(z)
+}
+
+// send makes a request with header lines.
 func (p *program) send(method, path, body string, header ...string) (exchange, error) {
 	r, err := http.NewRequest(method, p.url+path, strings.NewReader(body))
 	if err != nil {
@@ -523,8 +662,9 @@ func (p *program) send(method, path, body string, header ...string) (exchange, e
 	if body != "" {
 		r.Header.Set("Content-Type", "application/json")
 	}
-	for pair := range slices.Chunk(header, 2) {
-		r.Header.Set(pair[0], pair[1])
+	for _, line := range header {
+		name, value, _ := strings.Cut(line, ": ")
+		r.Header.Set(name, value)
 	}
 	// net/http takes it from here only.
 	r.Host = r.Header.Get("Host")
@@ -552,6 +692,50 @@ func (p *program) want(t testing.TB, status int, method, path, body string, head
 	return e
 }
 
+// A request is a method and a path.
+type request struct{ method, path string }
+
+// requests are one of each kind, reads first. All need PostgreSQL when nothing is cached.
+var requests = []request{{"GET", propertiesPath}, {"GET", "/properties/1/"},
+	{"POST", propertiesPath}, {"PUT", "/properties/1/"}, {"DELETE", "/properties/1/"}}
+
+var writes = requests[2:]
+
+// post, put and remove are writes that must succeed.
+func (p *program) post(t testing.TB, title string) exchange {
+	t.Helper()
+	return p.want(t, 201, "POST", propertiesPath, titled(title))
+}
+
+func (p *program) put(t testing.TB, title string) {
+	t.Helper()
+	p.want(t, 200, "PUT", "/properties/1/", titled(title))
+}
+
+func (p *program) remove(t testing.TB) {
+	t.Helper()
+	p.want(t, 204, "DELETE", "/properties/1/", "")
+}
+
+// burst has clients at once send requests of these kinds in turn. Each must succeed, and lack
+// nothing. (A null is what the metrics say for what Redis didn't tell.)
+func (p *program) burst(t testing.TB, clients, each int, kinds ...request) {
+	t.Helper()
+	var running sync.WaitGroup
+	for client := range clients {
+		running.Go(func() {
+			for i := range each {
+				r := kinds[(client+i)%len(kinds)]
+				e, err := p.send(r.method, r.path, titled("Loft"))
+				if err != nil || e.StatusCode >= 300 || bytes.Contains(e.body, []byte("null")) {
+					t.Errorf("%s: %v %.300s", r, err, e.body)
+				}
+			}
+		})
+	}
+	running.Wait()
+}
+
 const (
 	hitStatus    = "redis; hit; ttl="
 	storedStatus = "redis; fwd=uri-miss; stored"
@@ -574,10 +758,12 @@ func (p *program) list(t testing.TB, cacheStatus string) []property {
 	return list
 }
 
-// shown are the titles that a GET of all properties has, whichever way they come.
-func (p *program) shown(t testing.TB) string {
+// lists insists that a GET of all properties has these titles, too.
+func (p *program) lists(t testing.TB, cacheStatus, want string) {
 	t.Helper()
-	return titles(p.list(t, "redis; "))
+	if got := titles(p.list(t, cacheStatus)); got != want {
+		t.Fatalf("the list has %q, want %q", got, want)
+	}
 }
 
 func titles(list []property) string {
@@ -588,9 +774,15 @@ func titles(list []property) string {
 	return strings.Join(all, ", ")
 }
 
-// titled is a valid property's JSON with another title.
-func titled(title string) string {
-	return fmt.Sprintf(`{"title":%q,"description":"","price":1,"location":"Accra"}`, title)
+// titled is a valid property with another title.
+func titled(title string) string { return with(fmt.Sprintf(`"title":%q`, title)) }
+
+// with is a valid property with more members. Of a repeated name, the last one counts.
+func with(members string) string {
+	if members != "" {
+		members = "," + members
+	}
+	return `{"title":"Loft","description":"","price":"1.00","location":"Accra"` + members + `}`
 }
 
 // warm waits until the list is a hit.
@@ -605,7 +797,9 @@ func (p *program) warm(t testing.TB) {
 // shows waits until the list shows exactly these titles. No read may fail.
 func (p *program) shows(t testing.TB, want string) {
 	t.Helper()
-	eventually(t, "the list shows "+want, func() bool { return p.shown(t) == want })
+	eventually(t, "the list shows "+want, func() bool {
+		return titles(p.list(t, "redis; ")) == want
+	})
 }
 
 // later makes a request in the background.
@@ -682,8 +876,9 @@ func (p *program) dial(t testing.TB) *net.TCPConn {
 	return conn.(*net.TCPConn)
 }
 
-// checkProblem insists that an error is RFC 9457, and tells nothing of our inside.
-func checkProblem(t testing.TB, e exchange) problem {
+// checkProblem insists that an error is RFC 9457, that its detail says all this, and that it tells
+// nothing of our inside.
+func checkProblem(t testing.TB, e exchange, says ...string) problem {
 	t.Helper()
 	var p problem
 	if err := json.Unmarshal(e.body, &p); err != nil {
@@ -695,6 +890,11 @@ func checkProblem(t testing.TB, e exchange) problem {
 	want := refuse(e.StatusCode, p.Detail)
 	if p.Type != want.Type || p.Title != want.Title || p.Status != want.Status || p.Detail == "" {
 		t.Errorf("problem: %+v", p)
+	}
+	for _, words := range says {
+		if !strings.Contains(p.Detail, words) {
+			t.Errorf("the detail is %q, want %q", p.Detail, words)
+		}
 	}
 	secrets := "SELECT INSERT SQLSTATE pgconn 127.0.0.1: goroutine .go: panic EOF"
 	for secret := range strings.FieldsSeq(secrets) {
@@ -740,6 +940,7 @@ func receive[T any](t testing.TB, c <-chan T) (value T) {
 type logbook struct {
 	mu    sync.Mutex
 	lines []string
+	read  int // how many of them says has seen
 }
 
 // keepLog keeps the log until the test ends.
@@ -763,6 +964,24 @@ func (l *logbook) String() string {
 	return "\n" + strings.Join(l.lines, "")
 }
 
+// says insists that the lines since the last call hold these parts, one each.
+func (l *logbook) says(t testing.TB, parts ...string) {
+	t.Helper()
+	eventually(t, fmt.Sprintf("%q is logged", parts), func() bool {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		return len(l.lines) >= l.read+len(parts)
+	})
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	got := strings.Join(l.lines[l.read:], "")
+	lacks := func(part string) bool { return !strings.Contains(got, part) }
+	if len(l.lines) != l.read+len(parts) || slices.ContainsFunc(parts, lacks) {
+		t.Errorf("want %q in\n%s", parts, got)
+	}
+	l.read = len(l.lines)
+}
+
 // count returns how many lines hold all parts.
 func (l *logbook) count(parts ...string) (n int) {
 	for line := range strings.Lines(l.String()) {
@@ -772,4 +991,44 @@ func (l *logbook) count(parts ...string) (n int) {
 		}
 	}
 	return n
+}
+
+// Part 5: the claims that keep the runs of the tests apart
+
+// Each run of the tests takes a database of its own in PostgreSQL and in Redis, and drops those
+// of runs that have ended without that, but none of a run that lives.
+func TestClaims(t *testing.T) {
+	config, u := services.database.Copy(), *parseURL(t, startRedis(t).url)
+	config.Database = "postgres"
+	ended, next := newRun(), newRun()
+	admin, err := claimDatabase(config, ended)
+	if err != nil {
+		t.Fatal(err)
+	}
+	claim, first, err := claimRedis(u, ended)
+	if err != nil {
+		t.Fatal(err)
+	}
+	do(t, claim, "SET left behind")
+	_, second, err := claimRedis(u, next)
+	if err != nil || second == first {
+		t.Fatalf("%s, then %s (%v)", first, second, err)
+	}
+	admin.Close()
+	claim.Close()
+	eventually(t, "what the ended run had in Redis is dropped", func() bool {
+		claim, third, err := claimRedis(u, next)
+		return err == nil && third == first && do(t, claim, "DBSIZE") == int64(1)
+	})
+	eventually(t, "its database is dropped, and ours isn't", func() bool {
+		run, left := newRun(), ""
+		admin, err := claimDatabase(config, run)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer admin.Close()
+		defer admin.Exec("DROP DATABASE " + run)
+		admin.QueryRow(`SELECT string_agg(datname, ' ') FROM pg_database`).Scan(&left)
+		return !strings.Contains(left, ended) && strings.Contains(left, services.run)
+	})
 }

@@ -154,6 +154,8 @@ func (w *modelWorld) wants() modelSet { return w.floor.seen() | w.known }
 
 // promise returns the writes which whoever asks A now must be shown: those that A was told of,
 // those whose invalidation Redis keeps, and all, if A hears and nothing is on its way to it.
+//
+//go:norace
 func (m *model) promise(w *modelWorld) modelSet {
 	p := w.told | w.fenced
 	if w.line == lineHears {
@@ -177,6 +179,11 @@ type model struct {
 	without string // what is off: a rule, or a detail of one
 	yield   func(modelStep, *modelWorld)
 	room    modelWorld
+
+	before map[modelWorld]modelWorld // of each world that was found, the one that it followed
+	now    modelWorld
+	found  []modelWorld // that follow the nearest ones, and are new
+	wrong  string       // with the model itself
 }
 
 // A modelStep is what happened: "psql", "commits". Its set stands for %s.
@@ -267,6 +274,8 @@ func (m *model) transaction(w *modelWorld, i int) {
 }
 
 // restart keeps what is committed. Other ids come again, and A's line is cut.
+//
+//go:norace
 func (m *model) restart(w *modelWorld) {
 	m.step(w, modelStep{"PostgreSQL", "crashes and restarts", 0}, w.run < m.runs,
 		func(n *modelWorld) {
@@ -295,6 +304,8 @@ func (m *model) name(w *modelWorld) uint8 {
 }
 
 // snapshot is pg_current_snapshot, with the server's name.
+//
+//go:norace
 func (m *model) snapshot(w *modelWorld) modelSnapshot {
 	s := modelSnapshot{run: m.name(w), xmax: w.next}
 	for _, x := range w.transactions {
@@ -319,6 +330,8 @@ func (m *model) learn(n *modelWorld, x modelTransaction) bool {
 
 // learnOwn comes between the commit of write a and its invalidation. Where its id says nothing, it
 // waits for a floor (takeFloor), or gives up.
+//
+//go:norace
 func (m *model) learnOwn(w *modelWorld) {
 	a := w.transactions[0]
 	mine := a.phase == txCommitted && m.watch&writeA != 0 && m.without != "naive"
@@ -341,6 +354,8 @@ func (m *model) learnOwn(w *modelWorld) {
 }
 
 // answer invalidates for write a or b, and answers it.
+//
+//go:norace
 func (m *model) answer(w *modelWorld, i int) {
 	me, who, phase := modelSet(1<<i), modelWriters[i], w.transactions[i].phase
 	answered := func(n *modelWorld) {
@@ -370,6 +385,8 @@ func (m *model) answer(w *modelWorld, i int) {
 
 // hear is an announcement that reaches A: late by any time, in any order. What was on its way when
 // the line was lost may still be heard, until A LISTENs again.
+//
+//go:norace
 func (m *model) hear(w *modelWorld, i int) {
 	me := modelSet(1 << i)
 	m.step(w, modelStep{"A", "hears of write %s", me}, w.pending&me != 0,
@@ -387,6 +404,8 @@ func (m *model) hear(w *modelWorld, i int) {
 }
 
 // listen is A's line: it fails, or LISTENs again. What is announced in the gap is lost.
+//
+//go:norace
 func (m *model) listen(w *modelWorld) {
 	m.step(w, modelStep{"A", "loses its line to PostgreSQL", 0}, w.line != lineGap,
 		func(n *modelWorld) { n.line = lineGap })
@@ -408,6 +427,8 @@ func (m *model) askFloor(n *modelWorld) {
 }
 
 // takeFloor may come at any time: a hundred ids, a deaf instance and a new server are reasons.
+//
+//go:norace
 func (m *model) takeFloor(w *modelWorld) {
 	m.step(w, modelStep{"A", "asks for a floor", 0}, m.mayAsk(w), m.askFloor)
 	m.step(w, modelStep{"A", "gets no floor", 0}, w.ask != modelAsk{}, (*modelWorld).noFloor)
@@ -451,6 +472,8 @@ func (m *model) passes(w *modelWorld) bool {
 
 // lookUp is a reader's. Who waits for the next call is one who asks later: it is promised no more.
 // An answer from PostgreSQL alone shows all that was committed when it was asked for: no step.
+//
+//go:norace
 func (m *model) lookUp(w *modelWorld) {
 	hit := m.passes(w)
 	runs := w.fill.byA && w.fill.phase != fillDone
@@ -469,6 +492,8 @@ func (m *model) lookUp(w *modelWorld) {
 }
 
 // goOn is a fill's way from WATCH to EXEC: first the snapshot, then the rows.
+//
+//go:norace
 func (m *model) goOn(w *modelWorld) {
 	first, second := fillWatches, fillHalf
 	if m.without == "the snapshot before the rows" {
@@ -488,16 +513,17 @@ func (m *model) goOn(w *modelWorld) {
 }
 
 // exec stores what a fill has read, if the fence is unchanged, and answers.
+//
+//go:norace
 func (m *model) exec(w *modelWorld) {
 	f := w.fill
 	if f.phase != fillLoaded {
 		return
 	}
 	unchanged := f.fence == w.redis.fence || m.without == "fence"
-	foreign := f.byA && w.floor.run > 0 && f.run != w.floor.run
 	for _, o := range modelOutcomes {
 		does := "stores them" + o.about + "; the answer shows %s"
-		m.step(w, modelStep{f.who(), does, f.rows}, unchanged && !foreign,
+		m.step(w, modelStep{f.who(), does, f.rows}, unchanged,
 			func(n *modelWorld) {
 				n.endFill()
 				if o.arrives {
@@ -505,8 +531,8 @@ func (m *model) exec(w *modelWorld) {
 				}
 			})
 	}
-	m.step(w, modelStep{f.who(), "stores nothing; the answer shows %s", f.rows},
-		!unchanged || foreign, (*modelWorld).endFill)
+	m.step(w, modelStep{f.who(), "stores nothing; the answer shows %s", f.rows}, !unchanged,
+		(*modelWorld).endFill)
 }
 
 func (w *modelWorld) endFill() {
@@ -629,43 +655,52 @@ func (m *model) explore(t *testing.T) (schedule []string) {
 	warm.floor = m.snapshot(&warm)
 	warm.redis.entry.modelSnapshot = warm.floor
 	warm.line = lineHears
-	worlds, parents := []modelWorld{warm, cold}, []int32{-1, -1}
-	seen := map[modelWorld]bool{warm: true, cold: true}
-	now := 0
-	m.yield = func(s modelStep, n *modelWorld) {
-		w := &worlds[now]
-		if !m.whole && n.floor.run == w.floor.run && w.wants()&^n.wants() != 0 {
-			t.Errorf("A wants less of an entry than before: %v, from %+v", s, *w)
-		}
-		if k, open := m.key(*n); open && !seen[k] {
-			seen[k] = true
-			worlds = append(worlds, k)
-			parents = append(parents, int32(now))
-		}
-	}
-	for ; now < len(worlds) && schedule == nil; now++ {
-		if w := worlds[now]; w.stale == 0 {
+	m.before = map[modelWorld]modelWorld{warm: {}, cold: {}}
+	m.yield = m.visit
+	for nearest := []modelWorld{warm, cold}; len(nearest) > 0; nearest = m.found {
+		m.found = nil
+		for _, w := range nearest {
+			if w.stale != 0 {
+				return m.tell(w)
+			}
+			m.now = w
 			m.next(&w)
-		} else {
-			schedule = m.tell(worlds, parents, now)
 		}
 	}
-	t.Logf("%d worlds", len(worlds))
-	return schedule
+	if m.wrong != "" {
+		t.Error(m.wrong)
+	}
+	t.Logf("%d worlds", len(m.before))
+	return nil
+}
+
+// visit notes a world that follows the present one, if it is new.
+//
+//go:norace
+func (m *model) visit(s modelStep, n *modelWorld) {
+	w := &m.now
+	if !m.whole && n.floor.run == w.floor.run && w.wants()&^n.wants() != 0 {
+		m.wrong = fmt.Sprintf("A wants less of an entry than before: %v, from %+v", s, *w)
+	}
+	k, open := m.key(*n)
+	if _, seen := m.before[k]; open && !seen {
+		m.before[k] = m.now
+		m.found = append(m.found, k)
+	}
 }
 
 // tell numbers the steps that led to a stale answer, and joins those that one actor took in a row.
-func (m *model) tell(worlds []modelWorld, parents []int32, at int) (lines []string) {
-	stale := worlds[at].stale
+func (m *model) tell(at modelWorld) (lines []string) {
+	stale := at.stale
 	var steps []modelStep
-	for ; parents[at] >= 0; at = int(parents[at]) {
+	for before := m.before[at]; before != (modelWorld{}); at, before = before, m.before[before] {
 		var found modelStep
 		m.yield = func(s modelStep, n *modelWorld) {
-			if k, _ := m.key(*n); k == worlds[at] && found.who == "" {
+			if k, _ := m.key(*n); k == at && found.who == "" {
 				found = s
 			}
 		}
-		m.next(&worlds[parents[at]])
+		m.next(&before)
 		steps = append(steps, found)
 	}
 	slices.Reverse(steps)
@@ -703,6 +738,8 @@ func (s modelSet) String() string {
 // With all rules no answer is stale in any world. A write of psql's is one of B's that stays
 // unanswered, so it isn't watched alone.
 func TestModel(t *testing.T) {
+	// Beside tests that wait.
+	t.Parallel()
 	three := writeA | writeB | unrelated
 	for about, l := range map[string]modelLimits{
 		"a, four transactions": {everyWrite | unrelated, writeA, 1, 1, false},
@@ -723,6 +760,7 @@ func TestModel(t *testing.T) {
 
 // Without a rule, or a detail of one, there is a schedule to a stale answer.
 func TestModelNeedsEachRule(t *testing.T) {
+	t.Parallel()
 	calm := modelLimits{writeA | writeB, writeA | writeB, 1, 0, true}
 	psql := modelLimits{writeC, writeC, 1, 0, true}
 	crash := modelLimits{writeA | unrelated, writeA, 2, 0, true}
@@ -744,6 +782,7 @@ func TestModelNeedsEachRule(t *testing.T) {
 		{"giving up ends the ask", crash},
 	} {
 		t.Run("without "+off.rule, func(t *testing.T) {
+			t.Parallel()
 			m := &model{modelLimits: off.modelLimits, without: off.rule}
 			schedule := m.explore(t)
 			if schedule == nil {
