@@ -110,9 +110,9 @@ func (c *checker) put(p *program, listing int) {
 	c.mu.Lock()
 	price := c.newest[listing].price + 1
 	c.mu.Unlock()
-	const form = `{"title":"checked","description":"","price":%d,"location":"Accra"}`
+	body := with(fmt.Sprintf(`"title":"checked","price":%d`, price))
 	session := p.cache.link.session.Load()
-	e, err := p.send("PUT", fmt.Sprintf("/properties/%d/", listing+1), fmt.Sprintf(form, price))
+	e, err := p.send("PUT", fmt.Sprintf("/properties/%d/", listing+1), body)
 	lost := p.bypassed() || p.cache.link.session.Load() != session
 	c.mu.Lock()
 	defer c.mu.Unlock()

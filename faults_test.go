@@ -283,13 +283,14 @@ func (s *server) signal(sig os.Signal) {
 	}
 }
 
-// end sends a signal that ends it, and waits until it has.
+// end sends a signal that ends it, and waits until it has. It may have ended before.
 func (s *server) end(sig os.Signal) {
 	s.process.Process.Signal(sig)
 	s.process.Wait()
 }
 
-// need returns where a program is. With Docker there may be none on this machine.
+// need returns where a program is. Where PostgreSQL and Redis run in Docker there may be none on
+// this machine. Then a test that kills a server is skipped, and the others can be run all the same.
 func need(t testing.TB, name, debian string) string {
 	t.Helper()
 	places, _ := filepath.Glob("/usr/lib/postgresql/*/bin/" + name)

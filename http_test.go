@@ -437,7 +437,7 @@ func TestIdleProgram(t *testing.T) {
 	// A new one would differ.
 	runSQL(t, p.db, `CREATE TABLE others ()`)
 	server.do("CONFIG RESETSTAT")
-	// Each of its loops comes round.
+	// Nothing is to happen while each of its loops comes round, which takes a second at most.
 	time.Sleep(2 * time.Second)
 	stats := fmt.Sprintf("%s", server.do("INFO commandstats"))
 	if n := strings.Count(stats, "cmdstat_"); n != strings.Count(stats, "cmdstat_config") {
@@ -569,7 +569,8 @@ func TestWhyBypassed(t *testing.T) {
 	}
 }
 
-// While nothing comes of it, the pause between two sessions doubles.
+// While nothing comes of it, the pause between two sessions doubles. (No clock can be faked here,
+// because Redis is real. A slow machine only has fewer sessions.)
 func TestPauseDoubles(t *testing.T) {
 	t.Parallel()
 	server := startRedis(t)

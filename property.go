@@ -36,8 +36,8 @@ const (
 
 	// columns are in the order of query's fields. A new one also needs its place in property, in
 	// both statements of save (where the id comes last), in decodeProperty, in schema.sql (the
-	// table, its shape, the seed), in with of harness_test.go and in put of checker_test.go. The
-	// entries of the version before lack it: see docs/operations.md.
+	// table, its shape, the seed), and in with of harness_test.go. The entries of the version
+	// before lack it: see docs/operations.md.
 	columns = `id, title, description, price, location,
 		to_char(created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')`
 
@@ -161,10 +161,10 @@ func (s *properties) allView(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	defer tx.Rollback()
-	var snapshot string
+	var seen string
 	var list []property
 	// The snapshot comes first: the rows may have seen more than it says, but never less.
-	err = tx.QueryRowContext(ctx, `SELECT properties_snapshot()`).Scan(&snapshot)
+	err = tx.QueryRowContext(ctx, `SELECT properties_snapshot()`).Scan(&seen)
 	if err == nil {
 		list, err = query(ctx, tx.QueryContext,
 			`SELECT `+columns+` FROM properties ORDER BY id`, nil)
@@ -174,7 +174,7 @@ func (s *properties) allView(w http.ResponseWriter, r *http.Request) error {
 	}
 	w.Header().Set("Content-Type", "application/json")
 	// A cached view must say what it has seen. No client gets this header.
-	w.Header().Set("Snapshot", snapshot)
+	w.Header().Set("Snapshot", seen)
 	w.Write(encode(list))
 	return nil
 }

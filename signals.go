@@ -118,9 +118,9 @@ func (l *listener) listen(ctx context.Context) error {
 	if _, err = conn.Exec(ctx, `LISTEN properties; LISTEN "`+l.probe+`"`); err == nil {
 		err = l.cache.raiseFloor()
 	}
-	// The probe comes last: a floor that has seen its transaction would make every entry
-	// stale. It comes from elsewhere, because a pooler may run both statements of one client
-	// on one connection.
+	// The probe comes last: a floor that has seen its transaction would make every entry stale. It
+	// comes from elsewhere, because a pooler may run both statements of one client on one
+	// connection.
 	if err == nil {
 		_, err = l.cache.reserved.ExecContext(ctx, "SELECT pg_notify($1, '')", l.probe)
 	}
